@@ -1,0 +1,57 @@
+"""Fixtures: disks on real block devices and real FUSE, all gone when their test is."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from hypothesis import HealthCheck, settings
+from support.fuse import FuseDisk
+
+settings.register_profile(
+    "program",
+    deadline=None,  # examples start processes
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("program")
+
+
+def needs(condition: bool, what: str) -> None:
+    """Skip the test, saying what the machine lacks; pytest lists it at the end."""
+    if not condition:
+        pytest.skip(f"this machine lacks {what}")
+
+
+@pytest.fixture
+def loop_device() -> Iterator[Callable[..., str]]:
+    """Make block devices: loop_device(file, *losetup options) gives the device's name."""
+    needs(os.geteuid() == 0 and Path("/dev/loop-control").exists(), "root and loop devices")
+    devices: List[str] = []
+
+    def attach(file: Path, *options: str) -> str:
+        device = subprocess.check_output(
+            ["losetup", "--find", "--show", *options, str(file)], text=True
+        ).strip()
+        devices.append(device)
+        return device
+
+    yield attach
+    for device in devices:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.fixture
+def fuse_disk(tmp_path: Path) -> Iterator[Callable[..., FuseDisk]]:
+    """Make files on a FUSE file system: fuse_disk(file, **behaviour), see support.fuse."""
+    needs(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse")
+    disks: List[FuseDisk] = []
+
+    def mount(file: Path, **behaviour: Any) -> FuseDisk:
+        disks.append(FuseDisk(file, tmp_path / f"fuse{len(disks)}", **behaviour))
+        return disks[-1]
+
+    yield mount
+    for disk in disks:
+        disk.close()

@@ -1,0 +1,82 @@
+"""Run the program as its users do: as a process of its own, with a real pipe behind it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "qcow2_to_stdout.py"
+PYTHON = os.environ.get("QCOW2_TEST_PYTHON", sys.executable)
+TIMEOUT = 120  # seconds; nothing here takes a tenth of it
+
+Argument = Union[str, bytes, "os.PathLike[str]"]
+
+
+class Result(NamedTuple):
+    """How a run ended: exit status (negative for a signal), and all that it wrote."""
+
+    status: int
+    stdout: bytes
+    stderr: str
+
+
+def command(*arguments: Argument, python: Optional[str] = None) -> List[Argument]:
+    """The argument list that runs the program."""
+    return [python or PYTHON, str(PROGRAM), *arguments]
+
+
+def run(
+    *arguments: Argument,
+    python: Optional[str] = None,
+    stdin: bytes = b"",
+    cwd: Optional[Path] = None,
+    env: Optional[Dict[str, str]] = None,
+    pass_fds: Sequence[int] = (),
+    **options: Any,
+) -> Result:
+    """Run the program to its end and return all that came out."""
+    done = subprocess.run(
+        command(*arguments, python=python),
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=cwd,
+        env=env,
+        pass_fds=pass_fds,
+        timeout=TIMEOUT,
+        check=False,
+        **options,
+    )
+    return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
+
+
+def stream(*arguments: Argument, **options: Any) -> bytes:
+    """The image that a successful, silent run writes."""
+    result = run(*arguments, **options)
+    assert (result.status, result.stderr) == (0, ""), result.stderr or result.status
+    return result.stdout
+
+
+def start(*arguments: Argument, python: Optional[str] = None, **options: Any) -> Any:
+    """A running program, for tests that interfere with it."""
+    options.setdefault("stdout", subprocess.PIPE)
+    options.setdefault("stderr", subprocess.PIPE)
+    return subprocess.Popen(command(*arguments, python=python), **options)
+
+
+def assert_refused(result: Result, *words: str, status: int = 1) -> None:
+    """One line on stderr with these words in it, nothing on stdout, a non-zero status."""
+    assert result.stdout == b"", f"{len(result.stdout)} bytes were written"
+    assert_failed(result, *words, status=status)
+
+
+def assert_failed(result: Result, *words: str, status: int = 1) -> None:
+    """One line on stderr with these words in it, and a non-zero status."""
+    assert result.status == status, (result.status, result.stderr)
+    assert result.stderr.startswith("qcow2_to_stdout.py: error: "), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.endswith("\n")
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)

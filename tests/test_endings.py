@@ -1,0 +1,146 @@
+"""Exit status 0 means a whole image; every other ending says why, and never by a traceback."""
+
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from support.disks import Recipe, noise, write_disk
+from support.fuse import FuseDisk
+from support.program import TIMEOUT, Result, assert_failed, command, run, start
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return Recipe(8 << 20, [(0, "noise", 8 << 20)]).write(tmp_path / "disk.raw")
+
+
+def finish(program: Any) -> Result:
+    stdout, stderr = program.communicate(timeout=TIMEOUT)
+    return Result(program.returncode, stdout or b"", stderr.decode())
+
+
+@pytest.mark.parametrize("taken", [0, 1, 65_536, 200_000, 3 << 20])
+def test_a_consumer_that_goes_away_ends_it_by_sigpipe(disk: Path, taken: int) -> None:
+    program = start(disk)
+    assert len(program.stdout.read(taken)) == taken
+    program.stdout.close()
+    assert program.wait(TIMEOUT) == -signal.SIGPIPE
+    assert program.stderr.read() == b""
+    program.stderr.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("phase", ["scan", "write"])
+def test_a_signal_ends_it_by_that_signal(
+    disk: Path, fuse_disk: Callable[..., FuseDisk], signum: int, phase: str
+) -> None:
+    if phase == "scan":
+        program = start(fuse_disk(disk, latency=0.5, direct=True).path)
+        time.sleep(0.3)
+    else:
+        program = start(disk)
+        program.stdout.read(1)
+    program.send_signal(signum)
+    result = finish(program)
+    assert (result.status, result.stderr) == (-signum, "")
+
+
+def test_an_ignored_signal_stays_ignored(disk: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+
+    program = start(disk, preexec_fn=ignore)
+    program.stdout.read(1)
+    program.send_signal(signal.SIGHUP)
+    assert finish(program).status == 0
+
+
+def test_a_full_device(disk: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = finish(start(disk, stdout=full))
+    assert_failed(result, "cannot write", "No space left on device")
+
+
+def test_a_file_size_limit(disk: Path, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    with open(tmp_path / "out", "wb") as out:
+        result = finish(start(disk, stdout=out, preexec_fn=limit))
+    assert_failed(result, "cannot write", "after 1048576 bytes", "File too large")
+
+
+def test_standard_output_closed(disk: Path) -> None:
+    script = 'exec "$@" >&-'
+    program = [str(word) for word in command(disk)]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *program], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert_failed(Result(done.returncode, b"", done.stderr), "standard output is closed")
+
+
+def test_a_read_error_in_the_scan(disk: Path, fuse_disk: Callable[..., FuseDisk]) -> None:
+    result = run(fuse_disk(disk, error_at=5 << 20, direct=True).path)
+    assert result.stdout == b""
+    assert_failed(result, "cannot read", "Input/output error", "at offset")
+
+
+def test_a_read_error_in_the_copy(disk: Path, fuse_disk: Callable[..., FuseDisk]) -> None:
+    # The scan reads everything at most once; what goes beyond that is the copy.
+    result = run(fuse_disk(disk, error_at=5 << 20, error_after=9 << 20, direct=True).path)
+    assert_failed(result, "cannot read", "Input/output error", "at offset")
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"!")
+
+
+CHANGES = {
+    "shrinks": lambda path: os.truncate(path, 4 << 20),
+    "grows": lambda path: os.truncate(path, 9 << 20),
+    "written": overwrite,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_while_it_is_copied(disk: Path, change: str) -> None:
+    program = start(disk)
+    program.stdout.read(100_000)  # the scan is over, most of the data is not copied yet
+    CHANGES[change](disk)
+    result = finish(program)
+    assert_failed(result, "disk.raw", "snapshot")
+    assert len(result.stdout) < (9 << 20)
+
+
+def test_a_block_device_that_shrinks(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    raw = Recipe(8 << 20, [(0, "noise", 8 << 20)]).write(tmp_path / "disk.raw")
+    device = loop_device(raw)
+    program = start(device)
+    program.stdout.read(100_000)
+    os.truncate(raw, 4 << 20)
+    subprocess.run(["losetup", "--set-capacity", device], check=True)
+    assert_failed(finish(program), device, "snapshot")
+
+
+def test_a_full_stderr_changes_nothing_but_the_message(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command(tmp_path / "none"), stderr=full, check=False)
+    assert done.returncode == 1
+
+
+def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 100_000, [(0, noise(5000))])
+    program = [str(word) for word in command(raw)]
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- 2>&-', "bash", *program],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout == run(raw).stdout

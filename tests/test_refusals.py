@@ -1,0 +1,218 @@
+"""What can't be done is refused before the first byte, with one line that helps."""
+
+import os
+import pty
+import socket
+import subprocess
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+import pytest
+from conftest import needs
+from support.disks import write_disk
+from support.program import assert_refused, command, run, stream
+
+import qcow2_to_stdout
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return write_disk(tmp_path / "disk.raw", 100_000, [(0, b"data")])
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert_refused(run(tmp_path / "none.raw"), "none.raw", "No such file")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert_refused(run(tmp_path), str(tmp_path), "a folder")
+
+
+def test_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert_refused(run(tmp_path / "fifo"), "fifo", "a FIFO")
+
+
+def test_a_socket(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert_refused(run(tmp_path / "socket"), "a socket")
+
+
+def test_a_character_device() -> None:
+    assert_refused(run("/dev/zero"), "/dev/zero", "a character device")
+
+
+def test_an_unreadable_file(disk: Path) -> None:
+    needs(os.geteuid() == 0, "root, to become somebody else")
+    disk.chmod(0)
+    os.chmod(disk.parent, 0o755)
+    unprivileged = ["setpriv", "--reuid=65534", "--clear-groups", "--bounding-set=-all"]
+    program = Path("/tmp") / f"qcow2_to_stdout_{os.getpid()}.py"
+    program.write_bytes(Path(str(command()[1])).read_bytes())
+    try:
+        with open(disk, "rb") as opened:  # the folders above belong to root
+            done = subprocess.run(
+                [*unprivileged, "/usr/bin/python3", program, f"/proc/self/fd/{opened.fileno()}"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[opened.fileno()],
+                check=False,
+            )
+    finally:
+        program.unlink()
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"Permission denied" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_an_empty_name() -> None:
+    assert_refused(run(""), "''", "No such file")
+
+
+def test_a_name_with_control_characters_stays_on_one_line(tmp_path: Path) -> None:
+    assert_refused(run(tmp_path / "a\nb\x1b[31m"), "a\\nb\\x1b[31m")
+
+
+def test_a_terminal(disk: Path) -> None:
+    leader, follower = pty.openpty()
+    try:
+        done = subprocess.run(
+            command(disk), stdout=follower, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert done.returncode == 1
+    assert "terminal" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
+@pytest.mark.parametrize("mode", ["r+b", "ab"])
+def test_an_output_that_is_the_input(disk: Path, link: str, mode: str) -> None:
+    name = disk.with_name("other")
+    if link == "symlink":
+        name.symlink_to(disk)
+    elif link == "hardlink":
+        os.link(disk, name)
+    else:
+        name = disk
+    before = disk.read_bytes()
+    with open(name, mode) as out:
+        done = subprocess.run(
+            command(disk), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "itself" in done.stderr
+    assert disk.read_bytes() == before
+
+
+def huge(tmp_path: Path, size: int) -> Path:
+    """A sparse file larger than ext4 takes, on tmpfs where that is needed."""
+    try:
+        return write_disk(tmp_path / "huge.raw", size)
+    except OSError:
+        needs(os.path.ismount("/dev/shm"), "a file system for files of exabytes")
+        path = Path(f"/dev/shm/qcow2_to_stdout_{os.getpid()}_{size}.raw")
+        (tmp_path / "huge.raw").unlink()
+        (tmp_path / "huge.raw").symlink_to(write_disk(path, size))
+        return tmp_path / "huge.raw"
+
+
+@pytest.fixture
+def exabytes(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    made: List[Path] = []
+
+    def make(size: int) -> Path:
+        made.append(huge(tmp_path, size))
+        return made[-1]
+
+    yield make
+    for path in made:
+        os.unlink(os.path.realpath(path))
+
+
+def test_an_l1_table_over_32_mib(exabytes: Callable[[int], Path]) -> None:
+    reach = (32 << 20) // 8 * (512 // 8) * 512
+    assert_refused(run("-c", "512", exabytes(reach + 1)), "L1 table", "32 MiB", "--cluster-size")
+
+
+def test_the_largest_l1_table_is_taken(exabytes: Callable[[int], Path]) -> None:
+    reach = (32 << 20) // 8 * (512 // 8) * 512
+    assert len(stream("-c", "512", exabytes(reach))) == 65800 * 512
+
+
+def test_a_refcount_table_over_8_mib() -> None:
+    # 2^20 blocks of 64 refcounts each are what a table of 8 MiB reaches: 32 GiB of output.
+    geometry = qcow2_to_stdout.Geometry(64 << 30, 512, 64)
+    blocks, table = 1 << 20, (8 << 20) // 512
+    l1_clusters = geometry.l1_entries * 8 // 512
+    most = blocks * 64 - (1 + blocks + table + l1_clusters)
+    plan = qcow2_to_stdout.make_plan(geometry, 0, most)
+    assert (plan.refcount_blocks, plan.refcount_table_clusters) == (blocks, table)
+    assert plan.file_size == 32 << 30
+    with pytest.raises(qcow2_to_stdout.Error, match=r"8 MiB.*--cluster-size"):
+        qcow2_to_stdout.make_plan(geometry, 0, most + 1)
+
+
+def test_host_offsets_past_2_to_the_56() -> None:
+    geometry = qcow2_to_stdout.Geometry(1 << 57, 2 << 20, 1)
+    qcow2_to_stdout.make_plan(geometry, 0, (1 << 35) - (1 << 20))
+    with pytest.raises(qcow2_to_stdout.Error, match="2\\^56"):
+        qcow2_to_stdout.make_plan(geometry, 0, 1 << 35)
+
+
+@pytest.mark.parametrize("option", ["-d", "-R"])
+def test_a_data_file_past_2_to_the_56(exabytes: Callable[[int], Path], option: str) -> None:
+    assert_refused(run("-c", "2M", option, exabytes((1 << 56) + 512)), "2^56")
+
+
+@pytest.mark.parametrize("option", ["-d", "-R"])
+def test_a_data_file_with_clusters_of_512_bytes(disk: Path, option: str) -> None:
+    assert_refused(run("-c", "512", option, disk), "1024", "--cluster-size")
+
+
+def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
+    fits = "d" * 250 + "/" + "e" * 250 + "/" + "f" * 10
+    (tmp_path / fits).parent.mkdir(parents=True)
+    write_disk(tmp_path / fits, 512)
+    assert len(fits) == 512
+    stream("-c", "1024", "-d", fits, cwd=tmp_path)
+    os.rename(tmp_path / fits, tmp_path / (fits + "g"))
+    assert_refused(run("-c", "1024", "-d", fits + "g", cwd=tmp_path), "does not fit", "1024")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "INPUT"),
+        (["-c", "64", "x"], "did you mean 64K?"),
+        (["-c", "1000", "x"], "power of two"),
+        (["-c", "4M", "x"], "power of two"),
+        (["-c", "", "x"], "power of two"),
+        (["-c", "-512", "x"], "-c"),
+        (["-r", "3", "x"], "1, 2, 4, 8, 16, 32 or 64"),
+        (["-r", "016", "x"], "1, 2, 4, 8, 16, 32 or 64"),
+        (["--cluster", "512", "x"], "--cluster"),
+        (["x", "y"], "y"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: List[str], words: str) -> None:
+    result = run(*arguments)
+    assert (result.status, result.stdout) == (2, b"")
+    assert words in result.stderr
+    assert result.stderr.startswith("usage: ")
+
+
+def test_sizes_in_all_their_spellings(disk: Path) -> None:
+    images = {stream("-c", size, disk) for size in ("2097152", "2M", "2m", "2048K", "2048k")}
+    assert len(images) == 1
+    assert stream("-c4096", disk) == stream("--cluster-size=4K", disk)
+
+
+def test_help_and_version_are_for_people() -> None:
+    text = run("--help").stdout.decode()
+    for word in ("examples:", "exit status:", "gzip", "--data-file-raw"):
+        assert word in text
+    assert run("-V").stdout.startswith(b"qcow2_to_stdout.py ")
