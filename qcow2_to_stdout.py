@@ -34,7 +34,19 @@ import stat
 import struct
 import sys
 from array import array
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 __version__ = "1.0.0"
 
@@ -61,6 +73,7 @@ def reason(error: OSError) -> str:
 # ---------------------------------------------------------------------------------------------
 
 SECTOR_SIZE = 512  # QEMU counts virtual sizes in these
+DEFAULT_CLUSTER_SIZE = 64 << 10
 CLUSTER_SIZES = tuple(1 << bits for bits in range(9, 22))
 REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
@@ -71,12 +84,14 @@ OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 INCOMPATIBLE_DATA_FILE = 1 << 2
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_DATA_FILE_NAME = 0x44415441
 EXTENSION_FEATURE_NAME_TABLE = 0x6803F857
 
 MAX_L1_BYTES = 32 << 20  # QCOW_MAX_L1_SIZE in QEMU's block/qcow2.h: no larger table is opened
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # QCOW_MAX_REFTABLE_SIZE in the same place
 MAX_HOST_OFFSET = 1 << 56  # table entries keep an offset in bits 9 to 55
+MAX_BACKING_NAME_BYTES = 1023
 
 # Section "Header" of the specification: name, struct code. All integers are big-endian.
 HEADER_FIELDS = (
@@ -126,11 +141,14 @@ def align_up(number: int, unit: int) -> int:
     return div_up(number, unit) * unit
 
 
+HEADER_LENGTH = {2: 72, 3: 112}  # bytes; version 3 as QEMU 9.0 writes it
+
+
 def pack_header(fields: Dict[str, Any]) -> bytes:
-    """The header's bytes: 112 of them. Fields that are not named are zero."""
+    """The header's bytes, as many as its version has. Fields that are not named are zero."""
     codes = ">" + "".join(code for _, code in HEADER_FIELDS)
     values = [fields.get(name, b"" if code.endswith("s") else 0) for name, code in HEADER_FIELDS]
-    return struct.pack(codes, *values)
+    return struct.pack(codes, *values)[: HEADER_LENGTH[fields["version"]]]
 
 
 def pack_extension(kind: int, payload: bytes) -> bytes:
@@ -321,6 +339,9 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
     return (status.st_dev, status.st_ino)
 
 
+Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
+
+
 class Extent(NamedTuple):
     """A run of guest bytes, all stored one after the other in one file.
 
@@ -334,23 +355,38 @@ class Extent(NamedTuple):
     file: DiskFile
     offset: int
 
+    @property
+    def place(self) -> Tuple[Any, ...]:
+        """Equal for extents that show the same bytes of the same file at the same address."""
+        return (self.file.identity, self.offset - self.start)
+
 
 class RawSource:
     """A disk whose guest bytes lie in one file, each at its own offset.
 
-    size    of the disk in bytes, as it was found: not rounded to sectors
+    size    of the disk in bytes, not rounded to sectors
     files   all files that are read
     """
 
-    def __init__(self, file: DiskFile) -> None:
-        self.size = file.size
+    def __init__(
+        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[List[Range]] = None
+    ) -> None:
+        """The disk in a file.
+
+        size    where the disk ends, if not with the file
+        ranges  what may hold anything but zeros, if somebody knows better than the file system
+        """
+        self.size = file.size if size is None else min(size, file.size)
         self.files = [file]
         self._file = file
+        self._ranges = ranges
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        for start, end in self._file.data_extents(self.size):
-            yield Extent(start, end, self._file, start)
+        ranges = self._file.data_extents(self.size) if self._ranges is None else self._ranges
+        for start, end in ranges:
+            if start < self.size:
+                yield Extent(start, min(end, self.size), self._file, start)
 
     def stored(self, start: int, end: int) -> Iterator[Extent]:
         """Where the guest bytes from start to end are to be read; holes need not be told."""
@@ -518,58 +554,430 @@ _STATE_RUN = re.compile(b"\x01+|\x02+")
 _DATA_RUN = re.compile(b"\x01+")
 
 
-def cluster_runs(ranges: Iterable[Tuple[int, int]], cluster_size: int) -> Iterator[Tuple[int, int]]:
-    """(first, end) in clusters of what byte ranges touch: rounded outwards, joined, disjoint.
+def joined(ranges: Iterable[Range]) -> Iterator[Range]:
+    """Sorted ranges as disjoint ones: those that touch or overlap become one."""
+    start = end = 0
+    for next_start, next_end in ranges:
+        if next_start > end:
+            if end > start:
+                yield start, end
+            start = next_start
+        end = max(end, next_end)
+    if end > start:
+        yield start, end
 
-    The ranges must come in order of their start; they may touch and overlap.
+
+def cluster_runs(ranges: Iterable[Sequence[Any]], cluster_size: int) -> Iterator[Range]:
+    """The clusters that sorted byte ranges touch, rounded outwards: disjoint ranges."""
+    return joined((each[0] // cluster_size, div_up(each[1], cluster_size)) for each in ranges)
+
+
+def sweep(end: int, *rows: Iterable[Any]) -> Iterator[Tuple[int, int, List[Any]]]:
+    """Lay several rows of disjoint, sorted ranges over each other, from 0 to end.
+
+    Yields (start, end, items): in each row the range that covers this stretch, or None. The
+    stretches are as long as they can be, and follow each other without a gap.
     """
-    first = end = 0
-    for range_start, range_end in ranges:
-        start, stop = range_start // cluster_size, div_up(range_end, cluster_size)
-        if start > end:
-            if end > first:
-                yield first, end
-            first = start
-        end = max(end, stop)
-    if end > first:
-        yield first, end
+    iterators = [iter(row) for row in rows]
+    past = (end, end)
+    current = [next(iterator, past) for iterator in iterators]
+    position = 0
+    while position < end:
+        items = [item if item[0] <= position else None for item in current]
+        limit = min([end] + [item[1] if item[0] <= position else item[0] for item in current])
+        yield position, limit, items
+        position = limit
+        for row, item in enumerate(current):
+            if item[1] <= position:
+                current[row] = next(iterators[row], past)
 
 
-def scan_full(source: RawSource, cluster_map: ClusterMap, cluster_size: int) -> None:
-    """Fill the map for a full image: DATA wherever a cluster is not all zeros."""
-    reader = ZeroDetector(source, cluster_size)
-    ranges = ((extent.start, extent.end) for extent in source.extents())
-    for first, end in cluster_runs(ranges, cluster_size):
-        cluster_map.append(UNALLOCATED, first - len(cluster_map))
-        step = max(1, READ_SIZE // cluster_size)
-        for start in range(first, end, step):
-            cluster_map.extend(reader.states(start, min(start + step, end)))
-    cluster_map.append(UNALLOCATED, cluster_map.cluster_count - len(cluster_map))
+class ZeroProbe(NamedTuple):
+    """Reads a source and tells which of its clusters are all zeros.
+
+    zeros, other    the state to give to a cluster that is all zeros, and to any other
+    """
+
+    source: RawSource
+    zeros: int
+    other: int
+
+    def states(self, first: int, end: int, cluster_size: int) -> bytes:
+        """The states of the clusters from first to end, a byte for each."""
+        data = read_clusters(self.source, first, end, cluster_size)
+        blank = bytes(len(data))
+        if data == blank:
+            return bytes((self.zeros,)) * (end - first)
+        blank = blank[:cluster_size]
+        return bytes(
+            self.zeros if data.startswith(blank, position) else self.other
+            for position in range(0, len(data), cluster_size)
+        )
+
+
+class DiffProbe(NamedTuple):
+    """Compares a source with its base.
+
+    zeros   the state to give to a cluster that differs from the base and is all zeros
+    """
+
+    source: RawSource
+    base: RawSource
+    zeros: int
+
+    def states(self, first: int, end: int, cluster_size: int) -> bytes:
+        """The states of the clusters from first to end, a byte for each."""
+        data = read_clusters(self.source, first, end, cluster_size)
+        base = read_clusters(self.base, first, end, cluster_size)
+        if data == base:
+            return bytes((UNALLOCATED,)) * (end - first)
+        blank = bytes(cluster_size)
+        view = memoryview(base)
+        states = bytearray()
+        for position in range(0, len(data), cluster_size):
+            if data.startswith(view[position : position + cluster_size], position):
+                states.append(UNALLOCATED)
+            else:
+                states.append(self.zeros if data.startswith(blank, position) else DATA)
+        return bytes(states)
+
+
+def read_clusters(source: RawSource, first: int, end: int, cluster_size: int) -> bytearray:
+    """The content of the clusters from first to end, padded to whole clusters."""
+    buffer = bytearray((end - first) * cluster_size)
+    source.read_into(memoryview(buffer), first * cluster_size)
+    return buffer
+
+
+Probe = Union[ZeroProbe, DiffProbe]
+
+
+class Step(NamedTuple):
+    """What is known of some clusters, or who finds out: first, end (exclusive), and which."""
+
+    first: int
+    end: int
+    verdict: Union[int, Probe]
+
+
+def full_steps(
+    source: RawSource, cluster_count: int, cluster_size: int, trusted: bool
+) -> Iterator[Step]:
+    """A full image: every cluster that is not all zeros.
+
+    trusted     what the source's extents name is data, without looking
+    """
+    probe = ZeroProbe(source, UNALLOCATED, DATA)
+    stored = cluster_runs(source.extents(), cluster_size)
+    for first, end, (found,) in sweep(cluster_count, stored):
+        if found is None:
+            yield Step(first, end, UNALLOCATED)
+        else:
+            yield Step(first, end, DATA if trusted else probe)
+
+
+def layout_steps(
+    source: RawSource, layout: "Layout", zeros: int, cluster_count: int, cluster_size: int
+) -> Iterator[Step]:
+    """The clusters that a layout names; their content decides what they become."""
+    probe = ZeroProbe(source, zeros, DATA)
+    named = cluster_runs(sorted(layout.data + layout.zeros), cluster_size)
+    stored = cluster_runs(source.extents(), cluster_size)
+    for first, end, (changed, found) in sweep(cluster_count, named, stored):
+        if changed is None:
+            yield Step(first, end, UNALLOCATED)
+        else:
+            yield Step(first, end, zeros if found is None else probe)
+
+
+def trusted_layout_steps(
+    layout: "Layout", zeros: int, size: int, cluster_size: int
+) -> Iterator[Step]:
+    """The clusters that a layout names, as it says: zeros only where it knows all of one."""
+    named = cluster_runs(sorted(layout.data + layout.zeros), cluster_size)
+    data = cluster_runs(sorted(layout.data), cluster_size)
+    known = (  # rounded inwards, but for the disk's end: what lies behind it counts as zeros
+        (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
+        for start, end in joined(sorted(layout.zeros))
+    )
+    whole = ((start, end) for start, end in known if start < end)
+    cluster_count = div_up(size, cluster_size)
+    for first, end, (changed, some_data, all_zeros) in sweep(cluster_count, named, data, whole):
+        if changed is None:
+            yield Step(first, end, UNALLOCATED)
+        else:
+            yield Step(first, end, zeros if all_zeros and not some_data else DATA)
+
+
+def diff_steps(
+    source: RawSource,
+    base: RawSource,
+    zeros: int,
+    trusted: bool,
+    geometry: "Geometry",
+) -> Iterator[Step]:
+    """The clusters that differ from those of a base.
+
+    trusted     a cluster that only one side stores differs, without looking
+    """
+    size, count = geometry.cluster_size, geometry.cluster_count
+    new = DATA if trusted else ZeroProbe(source, UNALLOCATED, DATA)
+    gone = zeros if trusted else ZeroProbe(base, UNALLOCATED, zeros)
+    both = DiffProbe(source, base, zeros)
+    verdicts = {
+        (False, False): UNALLOCATED,
+        (True, False): new,
+        (False, True): gone,
+        (True, True): both,
+    }  # type: Dict[Tuple[bool, bool], Union[int, Probe]]
+    rows = (
+        cluster_runs(places_that_differ(source, base, geometry.virtual_size), size),
+        cluster_runs(source.extents(), size),
+        cluster_runs(base.extents(), size),
+    )
+    for first, end, (differs, ours, theirs) in sweep(count, *rows):
+        known_equal = differs is None
+        verdict = UNALLOCATED if known_equal else verdicts[ours is not None, theirs is not None]
+        yield Step(first, end, verdict)
+
+
+def places_that_differ(source: RawSource, base: RawSource, size: int) -> Iterator[Range]:
+    """Where two disks don't share the very same bytes of the very same file."""
+    for start, end, (ours, theirs) in sweep(size, source.extents(), base.extents()):
+        if (ours and ours.place) != (theirs and theirs.place):
+            yield start, end
+
+
+def fill_map(cluster_map: ClusterMap, steps: Iterable[Step], cluster_size: int) -> None:
+    """Take all steps, in guest order."""
+    piece = max(1, READ_SIZE // cluster_size)
+    for first, end, verdict in steps:
+        if isinstance(verdict, int):
+            cluster_map.append(verdict, end - first)
+            continue
+        for start in range(first, end, piece):
+            cluster_map.extend(verdict.states(start, min(start + piece, end), cluster_size))
     cluster_map.finish()
 
 
-class ZeroDetector:
-    """Reads clusters of a source and tells which are all zeros. One buffer, used again."""
+# Layouts: what other programs say of a disk's extents, in JSON. Nothing in them is trusted to
+# be well-formed, and nothing is ever opened or run because of them.
 
-    def __init__(self, source: RawSource, cluster_size: int) -> None:
-        self._source = source
-        self._cluster_size = cluster_size
-        self._buffer = bytearray(max(READ_SIZE, cluster_size))
-        self._zeros = bytes(len(self._buffer))
+MAX_JSON_BYTES = 256 << 20  # some four million extents; what is larger is no layout
+MAX_DIGITS = 24  # of an integer: int() of a million digits would take minutes
 
-    def states(self, first: int, end: int) -> bytes:
-        """DATA or UNALLOCATED for each cluster from first to end."""
-        size = self._cluster_size
-        length = (end - first) * size
-        self._source.read_into(memoryview(self._buffer)[:length], first * size)
-        buffer = self._buffer
-        if buffer.startswith(self._zeros[:length] if length < len(buffer) else self._zeros):
-            return bytes(end - first)
-        zeros = self._zeros[:size]
-        return bytes(
-            UNALLOCATED if buffer.startswith(zeros, position) else DATA
-            for position in range(0, length, size)
-        )
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Layout(NamedTuple):
+    """What a layout says, in bytes of the guest's disk; in any order, perhaps overlapping.
+
+    data    ranges that may hold data
+    zeros   ranges that are known to be zeros now
+    """
+
+    data: List[Range]
+    zeros: List[Range]
+
+
+def json_text(raw: bytes, what: str) -> str:
+    """JSON as text; raises Error for more than any real one has."""
+    if len(raw) > MAX_JSON_BYTES:
+        raise Error(f"{what} is longer than {MAX_JSON_BYTES >> 20} MiB; that is no list of extents")
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def json_decoder() -> Any:
+    """A decoder that takes numbers of any length in no time; too long ones are infinite."""
+    import json
+
+    return json.JSONDecoder(
+        parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else float("inf")
+    )
+
+
+def json_entries(text: str, what: str) -> Iterator[Any]:
+    """The elements of a JSON list, one at a time, so that a long list takes no space.
+
+    Raises Error where it isn't one.
+    """
+    decoder = json_decoder()
+
+    def skip(position: int) -> int:
+        return _JSON_SPACE.match(text, position).end()  # type: ignore[union-attr]  # always matches
+
+    position = skip(0)
+    if text[position : position + 1] != "[":
+        raise Error(f"{what} is not a JSON list of extents")
+    position = skip(position + 1)
+    closed = text[position : position + 1] == "]"
+    index = 0
+    while not closed:
+        try:
+            entry, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else "not JSON"
+            raise Error(f"{what}: entry {index} is {why}") from error
+        yield entry
+        position = skip(position)
+        mark = text[position : position + 1]
+        if mark not in (",", "]"):
+            raise Error(f"{what}: there is no comma and no end behind entry {index}")
+        closed = mark == "]"
+        position = skip(position + 1)
+        index += 1
+    if closed and text[skip(position if index else position + 1) :]:
+        raise Error(f"{what}: there is something behind the end of the list")
+
+
+# Of a dialect: the key of an extent's start, and who tells from an entry and from whether the
+# image has a backing file what the extent holds. None stands for "nothing that counts here".
+
+
+def _plain_kind(_entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
+    return "data"
+
+
+def _rbd_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
+    # Strings, not booleans: that is what rbd writes.
+    return {"true": "data", "false": "zeros"}[entry["exists"]]
+
+
+def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
+    zero, depth, present = entry["zero"], entry["depth"], entry.get("present", True)
+    if not (isinstance(zero, bool) and isinstance(present, bool) and _is_whole(depth)):
+        raise ValueError
+    if overlay and (depth or not present):
+        return None
+    return "zeros" if zero else "data"
+
+
+def _qemu_map_allocation(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
+    # XAPI's question to the same list: which clusters does the chain store at all?
+    if not (isinstance(entry["data"], bool) and isinstance(entry["zero"], bool)):
+        raise ValueError
+    return "data" if entry["data"] or not entry["zero"] else None
+
+
+def _nbdinfo_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
+    flags, description = entry["type"], entry["description"]
+    if not _is_whole(flags):
+        raise ValueError
+    if description in ("clean", "dirty"):  # qemu:dirty-bitmap:NAME
+        return "data" if flags & 1 else None
+    if description in ("data", "hole", "zero", "hole,zero"):  # base:allocation
+        return "zeros" if flags & 2 else "data"
+    if description == "absent":  # qemu:allocation-depth: stored nowhere in the chain
+        return None if overlay else "zeros"
+    if description == "local":
+        return "data"
+    if description.startswith("backing depth "):
+        return None if overlay else "data"
+    raise ValueError
+
+
+class Dialect(NamedTuple):
+    """How one kind of program writes extents: the key of the start, and how to read the rest."""
+
+    name: str
+    start: str
+    kind: Callable[[Dict[str, Any], bool], Optional[str]]
+
+
+PLAIN = Dialect("a plain list", "offset", _plain_kind)
+RBD_DIFF = Dialect("rbd diff", "offset", _rbd_kind)
+QEMU_MAP = Dialect("qemu-img map", "start", _qemu_map_kind)
+QEMU_ALLOCATION = QEMU_MAP._replace(kind=_qemu_map_allocation)
+NBDINFO = Dialect("nbdinfo --map", "offset", _nbdinfo_kind)
+
+
+def _dialect(entry: Dict[str, Any]) -> Dialect:
+    if "start" in entry:
+        return QEMU_MAP
+    if "type" in entry or "description" in entry:
+        return NBDINFO
+    return RBD_DIFF if "exists" in entry else PLAIN
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read_layout(
+    raw: bytes, what: str, size: int, overlay: bool, only: Optional[Dialect] = None
+) -> Layout:
+    """Understand a layout in any of the dialects.
+
+    raw      the JSON
+    what     its name in messages
+    size     of the disk, in bytes
+    overlay  whether the image has a backing file, so that deeper layers have not changed
+    only     the one dialect that is right here, if it is not for the layout to choose
+
+    Raises Error that names the first entry that makes no sense.
+    """
+    layout = Layout([], [])
+    dialect = only
+    for index, entry in enumerate(json_entries(json_text(raw, what), what)):
+        label = f"{what}: entry {index}"
+        if not isinstance(entry, dict):
+            raise Error(f"{label} is not an object with a start and a length")
+        dialect = dialect or _dialect(entry)
+        if _dialect(entry).name != dialect.name:
+            raise Error(f"{label} is in the way of {_dialect(entry).name}, not of {dialect.name}")
+        start, length = (_whole_number(entry, key, label) for key in (dialect.start, "length"))
+        if start > size or (start == size and length):
+            raise Error(f"{label} starts at {start}, past the end of the disk at {size}")
+        try:
+            kind = dialect.kind(entry, overlay)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            rest = sorted(set(entry) - {dialect.start, "length"})
+            raise Error(
+                f"{label} is not what {dialect.name} writes: {quoted(ascii(rest)[:80])}"
+            ) from error
+        if kind and length:
+            _add_range(layout.data if kind == "data" else layout.zeros, start, start + length, size)
+    return layout
+
+
+def _whole_number(entry: Dict[str, Any], key: str, label: str) -> int:
+    if key not in entry:
+        raise Error(f"{label} has no {key!r}")
+    value = entry[key]
+    if not _is_whole(value):
+        raise Error(f"{label}: its {key!r} is {ascii(value)[:40]}, not a whole number of bytes")
+    return int(value)
+
+
+def _add_range(ranges: List[Range], start: int, end: int, size: int) -> None:
+    """Add a range, or make the last one longer: producers cut long extents into objects."""
+    end = min(end, size)
+    if ranges and ranges[-1][1] == start:
+        start = ranges.pop()[0]
+    ranges.append((start, end))
+
+
+class DiskInfo(NamedTuple):
+    """What `qemu-img info --output=json` says: virtual size and cluster size (or None)."""
+
+    virtual_size: int
+    cluster_size: Optional[int]
+
+
+def read_info(raw: bytes, what: str) -> DiskInfo:
+    """Understand `qemu-img info --output=json`. Raises Error where it isn't that."""
+    text = json_text(raw, what).strip()
+    try:
+        info, end = json_decoder().raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{what} is not JSON") from error
+    if not isinstance(info, dict) or text[end:]:
+        raise Error(f"{what} is not what qemu-img info writes")
+    cluster_size = info.get("cluster-size")
+    return DiskInfo(
+        _whole_number(info, "virtual-size", what),
+        cluster_size if _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -842,51 +1250,77 @@ class ConsumerGone(Exception):
     """Whoever reads standard output has closed it."""
 
 
-class ImageOptions(NamedTuple):
-    """What of the image the user has chosen.
+class Header(NamedTuple):
+    """What the first cluster says beside the plan.
 
+    version         3, or 2, which has neither feature bits nor a zero flag
     data_file_name  of the external data file, as it stands in the header, or None
     data_file_raw   the data file is kept identical to the disk's content
+    backing_file    its name, as it stands in the header, or None
+    backing_format  of the backing file, such as b"raw"
     """
 
-    data_file_name: Optional[bytes]
-    data_file_raw: bool
+    version: int = 3
+    data_file_name: Optional[bytes] = None
+    data_file_raw: bool = False
+    backing_file: Optional[bytes] = None
+    backing_format: bytes = b""
 
+    @property
+    def extensions(self) -> bytes:
+        """The header extensions, without the one that ends them."""
+        extensions = b""
+        if self.backing_file is not None:
+            extensions += pack_extension(EXTENSION_BACKING_FORMAT, self.backing_format)
+        if self.data_file_name is not None:
+            extensions += pack_extension(EXTENSION_DATA_FILE_NAME, self.data_file_name)
+        if self.version >= 3:
+            extensions += pack_extension(EXTENSION_FEATURE_NAME_TABLE, feature_name_table())
+        return extensions
 
-def header_cluster(plan: Plan, options: ImageOptions) -> bytes:
-    """The first cluster: header, extensions. Raises Error if they don't fit."""
-    geometry = plan.geometry
-    extensions = b""
-    if options.data_file_name is not None:
-        extensions += pack_extension(EXTENSION_DATA_FILE_NAME, options.data_file_name)
-    extensions += pack_extension(EXTENSION_FEATURE_NAME_TABLE, feature_name_table())
-    header = pack_header(
-        {
-            "magic": b"QFI\xfb",
-            "version": 3,
-            "cluster_bits": geometry.cluster_size.bit_length() - 1,
-            "size": geometry.virtual_size,
-            "l1_size": geometry.l1_entries,
-            "l1_table_offset": plan.l1_table_offset if plan.l1_clusters else 0,
-            "refcount_table_offset": plan.refcount_table_offset,
-            "refcount_table_clusters": plan.refcount_table_clusters,
-            "incompatible_features": (
-                INCOMPATIBLE_DATA_FILE if options.data_file_name is not None else 0
-            ),
-            "autoclear_features": AUTOCLEAR_DATA_FILE_RAW if options.data_file_raw else 0,
-            "refcount_order": geometry.refcount_bits.bit_length() - 1,
-            "header_length": 112,
-        }
-    )
-    # The zeros behind the last extension are the one that ends the list.
-    cluster = (header + extensions).ljust(geometry.cluster_size, b"\0")
-    if len(cluster) > geometry.cluster_size:
-        raise Error(
-            "the name of the data file does not fit into a first cluster of "
-            f"{geometry.cluster_size} bytes; choose a "
-            "larger --cluster-size or a shorter name"
+    def refuse_if_too_long(self, cluster_size: int) -> None:
+        """Raise Error for names that don't fit into the first cluster."""
+        length = HEADER_LENGTH[self.version] + len(self.extensions)
+        what = "data"
+        if self.backing_file is not None:
+            length += 8 + len(self.backing_file)  # 8: the extension that ends the others
+            what = "backing"
+        if length > cluster_size:
+            raise Error(
+                f"the name of the {what} file does not fit into a first cluster of "
+                f"{cluster_size} bytes; choose a larger --cluster-size or a shorter name"
+            )
+
+    def cluster(self, plan: Plan) -> bytes:
+        """The first cluster: header, extensions, backing file name."""
+        geometry = plan.geometry
+        start = HEADER_LENGTH[self.version] + len(self.extensions) + 8
+        name = self.backing_file or b""
+        header = pack_header(
+            {
+                "magic": b"QFI\xfb",
+                "version": self.version,
+                "backing_file_offset": start if name else 0,
+                "backing_file_size": len(name),
+                "cluster_bits": geometry.cluster_size.bit_length() - 1,
+                "size": geometry.virtual_size,
+                "l1_size": geometry.l1_entries,
+                "l1_table_offset": plan.l1_table_offset if plan.l1_clusters else 0,
+                "refcount_table_offset": plan.refcount_table_offset,
+                "refcount_table_clusters": plan.refcount_table_clusters,
+                "incompatible_features": (
+                    0 if self.data_file_name is None else INCOMPATIBLE_DATA_FILE
+                ),
+                "autoclear_features": AUTOCLEAR_DATA_FILE_RAW if self.data_file_raw else 0,
+                "refcount_order": geometry.refcount_bits.bit_length() - 1,
+                "header_length": HEADER_LENGTH[self.version],
+            }
         )
-    return cluster
+        # Zeros behind the last extension are the one that ends the list.
+        cluster = header + self.extensions
+        if name:
+            cluster = cluster.ljust(start, b"\0") + name
+        return cluster.ljust(geometry.cluster_size, b"\0")
 
 
 def refcount_area(plan: Plan) -> Iterator[bytes]:
@@ -939,7 +1373,11 @@ def l2_tables(plan: Plan, cluster_map: ClusterMap, in_place: bool) -> Iterator[b
     for first, count, states in cluster_map.pages():
         if in_place:
             next_entry = (first * size) | OFLAG_COPIED
-        if len(states) > 1:
+        if states[0] == ZERO and len(states) == 1:
+            table = pack_entries(array("Q", [OFLAG_ZERO]) * entries)
+            for _ in range(count // entries):
+                yield table
+        elif len(states) > 1:
             for table in mixed_l2_tables(states, entries, next_entry, size, in_place):
                 yield table
             next_entry += states.count(DATA) * size
@@ -957,6 +1395,9 @@ def mixed_l2_tables(
     page = array("Q", bytes(len(states) * ENTRY_SIZE))
     for run in _STATE_RUN.finditer(states):
         start, end = run.span()
+        if states[start] == ZERO:
+            page[start:end] = array("Q", [OFLAG_ZERO]) * (end - start)
+            continue
         if in_place:
             next_entry = first_entry + start * cluster_size
         page[start:end] = entry_range(next_entry, cluster_size, end - start)
@@ -970,13 +1411,13 @@ def mixed_l2_tables(
 def write_image(
     output: Output,
     plan: Plan,
-    options: ImageOptions,
+    header: Header,
     source: RawSource,
     cluster_map: ClusterMap,
 ) -> None:
     """Write the whole image, in file order."""
-    in_place = options.data_file_name is not None
-    output.write(header_cluster(plan, options))
+    in_place = header.data_file_name is not None
+    output.write(header.cluster(plan))
     for tables in (
         refcount_area(plan),
         l1_table(plan, cluster_map),
@@ -1095,21 +1536,57 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     parser = _Parser(
         prog=PROGRAM,
+        usage="%(prog)s [options] INPUT > IMAGE",
         description="Turn a disk into a qcow2 image on standard output, in one forward-only "
-        "stream: no temporary file, and clusters that are all zeros take no space.",
+        "stream: no temporary\nfile, and clusters that are all zeros take no space.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("input", metavar="INPUT", help="raw file or block device; only read")
-    parser.add_argument(
+    group = parser.add_argument_group("what to read")
+    group.add_argument("input", metavar="INPUT", help="raw file or block device; only read")
+
+    group = parser.add_argument_group("what to export (default: the whole disk)")
+    group.add_argument("--diff", metavar="BASE", help="only what differs from BASE (raw)")
+    group.add_argument(
+        "--layout",
+        metavar="FILE",
+        help="only the extents in FILE (- is stdin): JSON of rbd diff, qemu-img map, nbdinfo "
+        "--map, or a list of offset and length",
+    )
+    group.add_argument(
+        "--trust-layout",
+        action="store_true",
+        help="don't look for zeros in the layout's extents: read once",
+    )
+    for option, what in (
+        ("map", "qemu-img map of INPUT"),
+        ("info", "qemu-img info of INPUT"),
+        ("diff-map", "qemu-img map of BASE"),
+        ("diff-info", "qemu-img info of BASE"),
+    ):
+        group.add_argument(
+            f"--json-header-{option}", metavar="FD", help=f"{what} in JSON, on a descriptor (XAPI)"
+        )
+
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
+        "-b",
+        "--backing-file",
+        metavar="NAME",
+        help="an overlay on NAME; with --diff or --layout",
+    )
+    group.add_argument(
+        "-F", "--backing-format", metavar="FMT", help="format of the backing file, e.g. qcow2"
+    )
+    group.add_argument(
         "-c",
         "--cluster-size",
         metavar="SIZE",
         type=cluster_size_argument,
-        default=65536,
         help="a power of two from 512 to 2M (default: 64K)",
     )
-    parser.add_argument(
+    group.add_argument(
         "-r",
         "--refcount-bits",
         metavar="BITS",
@@ -1117,61 +1594,242 @@ def make_parser() -> argparse.ArgumentParser:
         default=16,
         help="1, 2, 4, 8, 16 (default), 32 or 64",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--compat",
+        choices=("1.1", "0.10"),
+        default="1.1",
+        help="qcow2 version 3 (1.1, default) or 2 (0.10)",
+    )
+    group.add_argument(
         "-d",
         "--data-file",
         action="store_true",
-        help="write only metadata: an image with INPUT as its external data file",
+        help="only metadata: INPUT is the image's external data file",
     )
-    parser.add_argument(
+    group.add_argument(
         "-R",
         "--data-file-raw",
         action="store_true",
-        help="the same with data_file_raw set: everything is allocated, INPUT is not read",
+        help="the same, everything allocated; INPUT is not read",
     )
-    parser.add_argument("-V", "--version", action="version", version=PROGRAM + " " + __version__)
+
+    group = parser.add_argument_group("how to run")
+    group.add_argument("-h", "--help", action="help", help="show this text and exit")
+    group.add_argument(
+        "-V",
+        "--version",
+        action="version",
+        version=PROGRAM + " " + __version__,
+        help="show the version and exit",
+    )
     return parser
 
 
-def run(arguments: argparse.Namespace, resources: contextlib.ExitStack) -> None:
-    """Go through the rooms. Raises Error, ConsumerGone, Interrupted."""
-    output = Output(1)
-    file = DiskFile(arguments.input)
-    resources.callback(file.close)
-    source = RawSource(file)
-    output.refuse_if_among(source.files)
+def refuse_contradictions(options: argparse.Namespace) -> None:
+    """Raise Error for options that don't go together."""
+    external = "--data-file-raw" if options.data_file_raw else "--data-file"
+    has_external = options.data_file or options.data_file_raw
+    partial = "--diff" if options.diff is not None else "--layout"
+    is_partial = options.diff is not None or options.layout is not None
+    overlay = options.backing_file is not None
+    maps = (options.json_header_map, options.json_header_info) != (None, None)
+    base_maps = (options.json_header_diff_map, options.json_header_diff_info) != (None, None)
+    old = options.compat == "0.10"
+    contradictions = (
+        (options.diff is not None and options.layout is not None,
+         "--diff and --layout both say what to export; give one of them"),
+        (options.trust_layout and options.layout is None,
+         "--trust-layout needs a --layout to trust"),
+        (is_partial and has_external,
+         f"{partial} exports a part of the disk, but {external} refers to all of it; "
+         "leave one of them out"),
+        (maps and options.layout is not None,
+         "--layout and --json-header-map both say where data is; give one of them"),
+        (maps and has_external,
+         f"--json-header-map says what to export, but {external} refers to all of the disk; "
+         "leave one of them out"),
+        (base_maps and options.diff is None,
+         "--json-header-diff-map and --json-header-diff-info describe BASE; add --diff BASE"),
+        (overlay and has_external,
+         f"--backing-file and {external} exclude each other: an overlay holds its own data"),
+        (overlay and not is_partial,
+         "--backing-file needs --diff or --layout, which say what differs from it"),
+        (overlay and options.backing_format is None,
+         "--backing-file needs --backing-format: a format that is left to be guessed is a "
+         "security hole; add for example -F qcow2"),
+        (not overlay and options.backing_format is not None,
+         "--backing-format describes a backing file; add --backing-file NAME"),
+        (overlay and not options.backing_file,
+         "the name of the backing file is empty; give one to --backing-file"),
+        (overlay and not re.match(r"[\w.-]+\Z", options.backing_format or "", re.ASCII),
+         f"{quoted(options.backing_format or '')} is no format; give --backing-format raw, qcow2 "
+         "or another that QEMU knows"),
+        (overlay and len(os.fsencode(options.backing_file or "")) > MAX_BACKING_NAME_BYTES,
+         f"the name of the backing file is longer than {MAX_BACKING_NAME_BYTES} bytes, qcow2's "
+         "limit; give a shorter one"),
+        (old and options.refcount_bits != 16,
+         "--compat 0.10 has 16-bit refcounts only; leave --refcount-bits out"),
+        (old and has_external,
+         f"--compat 0.10 has no external data file; leave {external} out"),
+    )  # fmt: skip
+    for is_so, message in contradictions:
+        if is_so:
+            raise Error(message)
 
-    geometry = Geometry(
-        align_up(source.size, SECTOR_SIZE), arguments.cluster_size, arguments.refcount_bits
-    )
-    geometry.refuse_if_too_large()
-    external = arguments.data_file or arguments.data_file_raw
+
+def read_json_source(name: str, option: str) -> bytes:
+    """The content of a layout file, of standard input, or of a descriptor by its number."""
+    file = 0 if name == "-" else name  # type: Union[int, str]
+    if option.startswith("--json-header"):
+        if not re.match(r"\d{1,9}\Z", name):
+            raise Error(f"{option}: {quoted(name)} is not the number of an open descriptor")
+        file = int(name)
+    try:
+        with open(file, "rb", closefd=not isinstance(file, int)) as opened:
+            return opened.read(MAX_JSON_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise Error(f"{option}: cannot read {quoted(name)}: {why}") from error
+
+
+def read_known_disk(
+    map_fd: Optional[str], info_fd: Optional[str], suffix: str
+) -> Tuple[Optional[List[Range]], Optional[DiskInfo]]:
+    """What XAPI's descriptors tell of a disk: what it stores, and its sizes."""
+    info = None
+    ranges = None
+    # The map first: whoever writes both to pipes may do so in this order.
+    map_option, info_option = (f"--json-header-{suffix}{kind}" for kind in ("map", "info"))
+    map_json = b"" if map_fd is None else read_json_source(map_fd, map_option)
+    if info_fd is not None:
+        info = read_info(read_json_source(info_fd, info_option), info_option)
+    if map_fd is not None:
+        size = info.virtual_size if info else sys.maxsize
+        layout = read_layout(map_json, map_option, size, False, QEMU_ALLOCATION)
+        ranges = list(joined(sorted(layout.data)))
+    return ranges, info
+
+
+class Sources(NamedTuple):
+    """What is read: the disk, perhaps its base, and whether their extents are to be trusted."""
+
+    disk: RawSource
+    base: Optional[RawSource]
+    virtual_size: int
+    cluster_size: Optional[int]
+    trusted: bool
+
+
+def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
+    """Open what the options name. Raises Error if something isn't there or isn't right."""
+
+    def opened(name: str) -> DiskFile:
+        file = DiskFile(name)
+        resources.callback(file.close)
+        return file
+
+    file = opened(options.input)
+    base_file = None if options.diff is None else opened(options.diff)
+    ranges, info = read_known_disk(options.json_header_map, options.json_header_info, "")
+    size = align_up(file.size if info is None else info.virtual_size, SECTOR_SIZE)
+    if align_up(file.size, SECTOR_SIZE) < size:
+        raise Error(
+            f"{quoted(file.name)} has {file.size} bytes, but --json-header-info says {size}; "
+            "it describes another disk"
+        )
+    disk = RawSource(file, size, ranges)
+    base = None
+    trusted = ranges is not None
+    if base_file is not None:
+        base_ranges, base_info = read_known_disk(
+            options.json_header_diff_map, options.json_header_diff_info, "diff-"
+        )
+        trusted = trusted and base_ranges is not None
+        base_size = size if base_info is None else min(size, base_info.virtual_size)
+        base = RawSource(base_file, base_size, base_ranges)
+    return Sources(disk, base, size, info and info.cluster_size, trusted)
+
+
+def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry) -> Iterable[Step]:
+    """What is known of each cluster, or who finds out, as the options want it."""
+    count, size = geometry.cluster_count, geometry.cluster_size
+    if options.data_file_raw:
+        return [Step(0, count, DATA)] if count else []
+    overlay = options.backing_file is not None
+    has_zero_flag = options.compat != "0.10"
+    # What a cluster becomes that has changed and is all zeros: in an overlay it must hide the
+    # backing file's; a bare difference is written over the base, by importers that know no flag.
+    if overlay:
+        zeros = ZERO if has_zero_flag else DATA
+    else:
+        zeros = UNALLOCATED if sources.base is None else DATA
+    if options.layout is not None:
+        what = f"layout {quoted(options.layout)}"
+        raw = read_json_source(options.layout, "--layout")
+        layout = read_layout(raw, what, geometry.virtual_size, overlay)
+        if overlay and sources.disk.size < geometry.virtual_size:
+            # No layout speaks of the zeros that fill the last sector; a longer backing file
+            # has other bytes there.
+            layout.data.append((sources.disk.size, geometry.virtual_size))
+        if options.trust_layout:
+            return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
+        return layout_steps(sources.disk, layout, zeros, count, size)
+    if sources.base is not None:
+        return diff_steps(sources.disk, sources.base, zeros, sources.trusted, geometry)
+    return full_steps(sources.disk, count, size, sources.trusted)
+
+
+def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
+    """What the image's first cluster is to say. Raises Error where it has no room for it."""
+    external = options.data_file or options.data_file_raw
     if external and geometry.virtual_size > MAX_HOST_OFFSET:
         raise Error(
             f"a data file of {geometry.virtual_size} bytes has offsets past 2^56, which qcow2 "
-            "can't "
-            "express"
+            "can't express; export it without --data-file"
         )
-    options = ImageOptions(
-        os.fsencode(arguments.input) if external else None, arguments.data_file_raw
-    )
     if external and geometry.cluster_size == SECTOR_SIZE:
         raise Error(
             "an external data file needs clusters of at least 1024 bytes: its name does not fit "
             "into a first cluster of 512; choose a larger --cluster-size"
         )
+    header = Header(
+        version=2 if options.compat == "0.10" else 3,
+        data_file_name=os.fsencode(options.input) if external else None,
+        data_file_raw=options.data_file_raw,
+        backing_file=None if options.backing_file is None else os.fsencode(options.backing_file),
+        backing_format=os.fsencode(options.backing_format or ""),
+    )
+    header.refuse_if_too_long(geometry.cluster_size)
+    return header
+
+
+def run(options: argparse.Namespace, resources: contextlib.ExitStack) -> None:
+    """Go through the rooms. Raises Error, ConsumerGone, Interrupted."""
+    refuse_contradictions(options)
+    output = Output(1)
+    sources = open_sources(options, resources)
+    disks = [sources.disk] + ([sources.base] if sources.base else [])
+    output.refuse_if_among(file for disk in disks for file in disk.files)
+
+    cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
+    geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)
+    geometry.refuse_if_too_large()
+    header = make_header(options, geometry)
 
     cluster_map = ClusterMap(geometry.cluster_count, geometry.table_entries)
-    if options.data_file_raw:
-        cluster_map.append(DATA, geometry.cluster_count)
-        cluster_map.finish()
-    else:
-        scan_full(source, cluster_map, geometry.cluster_size)
+    fill_map(cluster_map, make_steps(options, sources, geometry), cluster_size)
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
-    plan = make_plan(geometry, tables, 0 if external else cluster_map.data_clusters)
-    source.check_unchanged()
-    write_image(output, plan, options, source, cluster_map)
-    source.check_unchanged()
+    has_data = header.data_file_name is None
+    plan = make_plan(geometry, tables, cluster_map.data_clusters if has_data else 0)
+    check_unchanged(disks)
+    write_image(output, plan, header, sources.disk, cluster_map)
+    check_unchanged(disks)
+
+
+def check_unchanged(disks: Iterable[RawSource]) -> None:
+    """Raise Error if any of the disks is not what it was."""
+    for disk in disks:
+        disk.check_unchanged()
 
 
 class Interrupted(BaseException):
@@ -1223,9 +1881,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program. Returns its exit status, or ends by a signal."""
     try:
         catch_signals()
-        arguments = make_parser().parse_args(argv)
+        options = make_parser().parse_args(argv)
         with contextlib.ExitStack() as resources:
-            run(arguments, resources)
+            run(options, resources)
         return 0
     except Error as error:
         report(f"{PROGRAM}: error: {error}")

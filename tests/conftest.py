@@ -1,12 +1,15 @@
 """Fixtures: disks on real block devices and real FUSE, all gone when their test is."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.ceph import AVAILABLE, Cluster
 from support.fuse import FuseDisk
 
 settings.register_profile(
@@ -55,3 +58,19 @@ def fuse_disk(tmp_path: Path) -> Iterator[Callable[..., FuseDisk]]:
     yield mount
     for disk in disks:
         disk.close()
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ceph cluster for all tests of one worker; they share it by pytest's xdist_group."""
+    needs(AVAILABLE, "ceph-mon, ceph-osd and ceph-common")
+    # Ceph's sockets have names of at most 107 bytes, shorter than pytest's folders.
+    folder = Path(tempfile.mkdtemp(prefix="ceph"))
+    cluster = None
+    try:
+        cluster = Cluster(folder)
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -68,8 +68,8 @@ def channel(request: pytest.FixtureRequest) -> Iterator[Any]:
     else:
         left, right = socket.socketpair()
         reader, writer = right.makefile("rb"), left.makefile("wb")
+        left.close()  # the file object keeps the socket until it is closed itself
         yield writer, right.recv
-        left.close()
         right.close()
     reader.close()
     writer.close()
