@@ -220,13 +220,18 @@ class DiskFile:
     size    in bytes, when it was opened
     """
 
-    def __init__(self, name: str) -> None:
-        """Open name. Raises Error if it is missing, unreadable or nothing that holds a disk."""
-        self.name = name
+    def __init__(self, path: str, shows: Optional[str] = None) -> None:
+        """Open path. Raises Error if it is missing, unreadable or nothing that holds a disk.
+
+        shows   the name of the image that path is a FUSE export of. An export answers the
+                current time for its own: whether the image has changed is asked elsewhere.
+        """
+        self.name = name = shows or path
+        self._is_export = shows is not None
         try:
             # Look before opening: to open a FIFO would wait for its other end.
-            self._refuse_unless_disk(os.stat(name).st_mode)
-            self.fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            self._refuse_unless_disk(os.stat(path).st_mode)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._found = os.fstat(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
         except (OSError, ValueError) as error:
@@ -249,8 +254,9 @@ class DiskFile:
                 )
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.fd)
+        """Close the descriptor. That the file's server is gone has been said where it matters."""
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
 
     @property
     def identity(self) -> Tuple[int, ...]:
@@ -317,8 +323,13 @@ class DiskFile:
         That is its size and, for a regular file, the time of its last change. Whether a block
         device was written to can't be known.
         """
-        now = os.fstat(self.fd)
-        size = os.lseek(self.fd, 0, os.SEEK_END)
+        if self._is_export:
+            return
+        try:
+            now = os.fstat(self.fd)
+            size = os.lseek(self.fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise self.read_error(self.size, error) from error
         if size != self.size:
             what = f"its size went from {self.size} to {size} bytes"
         elif self.is_regular and now.st_mtime_ns != self._found.st_mtime_ns:
@@ -361,37 +372,24 @@ class Extent(NamedTuple):
         return (self.file.identity, self.offset - self.start)
 
 
-class RawSource:
-    """A disk whose guest bytes lie in one file, each at its own offset.
+class Source:
+    """A disk: its size, where its bytes are stored, and a way to read them.
 
     size    of the disk in bytes, not rounded to sectors
-    files   all files that are read
+    files   all files that are read, or whose change would change the disk
     """
 
-    def __init__(
-        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[List[Range]] = None
-    ) -> None:
-        """The disk in a file.
-
-        size    where the disk ends, if not with the file
-        ranges  what may hold anything but zeros, if somebody knows better than the file system
-        """
-        self.size = file.size if size is None else min(size, file.size)
-        self.files = [file]
-        self._file = file
-        self._ranges = ranges
+    def __init__(self, size: int, files: List[DiskFile]) -> None:
+        self.size = size
+        self.files = files
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        ranges = self._file.data_extents(self.size) if self._ranges is None else self._ranges
-        for start, end in ranges:
-            if start < self.size:
-                yield Extent(start, min(end, self.size), self._file, start)
+        raise NotImplementedError
 
     def stored(self, start: int, end: int) -> Iterator[Extent]:
         """Where the guest bytes from start to end are to be read; holes need not be told."""
-        if start < self.size:
-            yield Extent(start, min(end, self.size), self._file, start)
+        raise NotImplementedError
 
     def read_into(self, view: memoryview, start: int) -> None:
         """Fill view with guest bytes from start on; what is stored nowhere is zeros."""
@@ -408,10 +406,387 @@ class RawSource:
             file.check_unchanged()
 
 
+class RawSource(Source):
+    """A disk whose guest bytes lie in one file, each at its own offset."""
+
+    def __init__(
+        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[List[Range]] = None
+    ) -> None:
+        """The disk in a file.
+
+        size    where the disk ends, if not with the file
+        ranges  what may hold anything but zeros, if somebody knows better than the file system
+        """
+        super().__init__(file.size if size is None else min(size, file.size), [file])
+        self._file = file
+        self._ranges = ranges
+
+    def extents(self) -> Iterator[Extent]:
+        """All that may hold anything but zeros, in guest order."""
+        ranges = self._file.data_extents(self.size) if self._ranges is None else self._ranges
+        for start, end in ranges:
+            if start < self.size:
+                yield Extent(start, min(end, self.size), self._file, start)
+
+    def stored(self, start: int, end: int) -> Iterator[Extent]:
+        """Where the guest bytes from start to end are to be read; holes need not be told."""
+        if start < self.size:
+            yield Extent(start, min(end, self.size), self._file, start)
+
+
+class ChainSource(Source):
+    """A disk whose guest bytes lie in the members of a backing chain, at known offsets.
+
+    The extents are kept in arrays: there can be millions of them.
+    """
+
+    def __init__(self, size: int, members: List[DiskFile]) -> None:
+        super().__init__(size, members)
+        self._starts = array("Q")
+        self._ends = array("Q")
+        self._offsets = array("Q")
+        self._depths = array("L")
+
+    def add(self, start: int, length: int, depth: int, offset: int) -> None:
+        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order."""
+        behind = offset + length - self.files[depth].size
+        if 0 < behind < SECTOR_SIZE:  # QEMU counts the last sector of a raw file as whole
+            length -= behind
+        self._starts.append(start)
+        self._ends.append(start + length)
+        self._offsets.append(offset)
+        self._depths.append(depth)
+
+    def _extent(self, index: int) -> Extent:
+        file = self.files[self._depths[index]]
+        return Extent(self._starts[index], self._ends[index], file, self._offsets[index])
+
+    def extents(self) -> Iterator[Extent]:
+        """All that may hold anything but zeros, in guest order."""
+        return self.stored(0, self.size)
+
+    def stored(self, start: int, end: int) -> Iterator[Extent]:
+        """Where the guest bytes from start to end are to be read; all else reads as zeros."""
+        import bisect
+
+        end = min(end, self.size)
+        for index in range(bisect.bisect_right(self._ends, start), len(self._starts)):
+            extent = self._extent(index)
+            if extent.start >= end:
+                return
+            first = max(start, extent.start)
+            offset = extent.offset + first - extent.start
+            yield Extent(first, min(end, extent.end), extent.file, offset)
+
+
 def clear(view: memoryview) -> None:
     """Set a buffer to zeros."""
     if len(view):
         view[:] = bytes(len(view))
+
+
+# Other formats: QEMU's own programs read them. Of a qcow2 chain `qemu-img map` tells where in
+# which member each extent lies, so that its data can be read without QEMU; anything else is
+# shown as a raw file by a FUSE export of qemu-storage-daemon.
+
+PACKAGES = {  # of Debian, of Fedora
+    "qemu-img": ("qemu-utils", "qemu-img"),
+    "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
+}
+DAEMON_PATIENCE = 60  # seconds for an export to appear: a remote server may be slow to answer
+PR_SET_PDEATHSIG, MNT_DETACH = 1, 2  # Linux's, from its prctl.h and mount.h
+
+
+def start_program(arguments: List[bytes], **options: Any) -> Any:
+    """Start one of QEMU's programs, with pipes behind it. Raises Error if it isn't there."""
+    import subprocess
+
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        return subprocess.Popen(arguments, **{**pipes, **options})
+    except OSError as error:
+        name = os.fsdecode(arguments[0])
+        debian, fedora = PACKAGES[name]
+        raise Error(
+            f"cannot run {name}: {reason(error)}; it comes with the package {debian} (Debian) "
+            f"or {fedora} (Fedora)"
+        ) from error
+
+
+def complaint(stderr: bytes) -> str:
+    """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines()]
+    text = quoted("; ".join(line for line in lines if line) or "it says nothing")[1:-1]
+    text = re.sub(r"^qemu-(img|storage-daemon): ", "", text)
+    if "lock" in text and "Failed to get" in text:
+        text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
+    return text
+
+
+class ImageName(NamedTuple):
+    """A disk as QEMU's programs are to find it.
+
+    name        as the user gave it
+    format      such as "qcow2"; never guessed
+    is_options  the name is a block device option string, and tells the format itself
+    """
+
+    name: str
+    format: str
+    is_options: bool
+
+    def _node(self) -> Dict[str, Any]:
+        is_block = os.path.exists(self.name) and stat.S_ISBLK(os.stat(self.name).st_mode)
+        driver = "host_device" if is_block else "file"
+        return {"driver": self.format, "file": {"driver": driver, "filename": self.name}}
+
+    def img_arguments(self) -> List[bytes]:
+        """What names it to qemu-img. As JSON, so that no character of a name means anything."""
+        if self.is_options:
+            return [b"--image-opts", os.fsencode(self.name)]
+        return [b"json:" + dump_json(self._node())]
+
+    def blockdev(self, node_name: str) -> bytes:
+        """What names it to qemu-storage-daemon's --blockdev."""
+        if not self.is_options:
+            return dump_json({**self._node(), "node-name": node_name, "read-only": True})
+        # Its syntax is the same, but for a driver that must be named where there is a file.
+        parts = re.split(r"(?<!,)(?:,,)*,(?!,)", self.name)
+        keys = {part.split("=", 1)[0] for part in parts}
+        drivers = "".join(
+            f",{key[: -len('filename')]}driver=file"
+            for key in sorted(keys)
+            if key.endswith(".filename") and key[: -len("filename")] + "driver" not in keys
+        )
+        return os.fsencode(f"{self.name}{drivers},node-name={node_name},read-only=on")
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON with the bytes of file names as they are."""
+    import json
+
+    return os.fsencode(json.dumps(value, ensure_ascii=False))
+
+
+def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[bytes]:
+    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
+    arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
+    program = start_program(arguments)
+    try:
+        for line in program.stdout:
+            yield line
+        stderr = program.stderr.read()
+        if program.wait():
+            raise Error(f"cannot open {quoted(image.name)}: {complaint(stderr)}")
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
+        program.stderr.close()
+
+
+def parse_qemu_json(text: bytes, image: ImageName) -> Any:
+    """What qemu-img printed. Raises Error if it is no JSON after all."""
+    import json
+
+    try:
+        return json.loads(str(text, "utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise Error(f"cannot open {quoted(image.name)}: qemu-img printed no JSON") from error
+
+
+def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
+    """What `qemu-img info` says of an image and of each backing file below it."""
+    text = b"".join(run_qemu_img(b"info", image, b"--backing-chain"))
+    return list(parse_qemu_json(text, image))
+
+
+def member_files(chain: List[Dict[str, Any]], open_file: Callable[[str], DiskFile]) -> List[Any]:
+    """Of each member of a chain the file that it lies in, opened, or None if there is none."""
+    return [
+        open_file(member["filename"]) if os.path.exists(member["filename"]) else None
+        for member in chain
+    ]
+
+
+def other_files(chain: List[Dict[str, Any]]) -> Iterator[str]:
+    """Local files beside the members that hold data of theirs."""
+    for member in chain:
+        data = member.get("format-specific", {}).get("data", {})
+        names = [data.get("data-file")]
+        names += [extent.get("filename") for extent in data.get("extents", [])]
+        for name in names:
+            if name and os.path.exists(name):
+                yield name
+
+
+def read_chain(
+    image: ImageName, chain: List[Dict[str, Any]], files: List[Any]
+) -> Optional[ChainSource]:
+    """The disk, to be read straight from its chain's files; None where QEMU must read it."""
+    if image.is_options or not all(files):
+        return None
+    for member in chain:
+        data = member.get("format-specific", {}).get("data", {})
+        is_plain = member["format"] in ("qcow2", "raw") and not member.get("encrypted")
+        if not is_plain or data.get("data-file"):
+            return None
+    source = ChainSource(chain[0]["virtual-size"], files)
+    for line in run_qemu_img(b"map", image):
+        text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
+        entry = parse_qemu_json(text, image) if text else {"zero": True}
+        if entry["zero"]:
+            continue
+        if not entry["data"] or "offset" not in entry or entry.get("compressed"):
+            return None
+        source.add(entry["start"], entry["length"], entry["depth"], entry["offset"])
+    return source
+
+
+class Export:
+    """A disk that qemu-storage-daemon shows as a raw file, as long as this lives.
+
+    The daemon is a child. It ends with close(), or by the kernel's hand when this process is
+    gone. As soon as the file is open, its mount and its folder are taken away: the open file
+    goes on to work, and nothing is left to be cleaned up.
+    """
+
+    def __init__(self, image: ImageName) -> None:
+        """Start the daemon. Raises Error if it can't show the disk."""
+        import tempfile
+
+        if not os.path.exists("/dev/fuse"):
+            raise Error(
+                f"cannot open {quoted(image.name)}: there is no /dev/fuse, which reading this "
+                "format needs; load the kernel's module fuse, or convert the image to raw"
+            )
+        self._image = image
+        self._daemon = None  # type: Any
+        try:
+            self._folder = tempfile.mkdtemp(prefix="qcow2_to_stdout.")
+        except OSError as error:
+            raise Error(f"cannot make a temporary folder: {reason(error)}") from error
+        self.path = os.path.join(self._folder, "disk")
+
+    def open(self) -> DiskFile:
+        """Show the disk and open it."""
+        with open(self.path, "wb"):
+            pass
+        export = {
+            "type": "fuse",
+            "id": "export",
+            "node-name": "disk",
+            "mountpoint": self.path,
+            "writable": False,
+            "allow-other": "off",
+        }
+        # The monitor comes last: it says hello when all before it is done.
+        arguments = [b"qemu-storage-daemon", b"--blockdev", self._image.blockdev("disk")]
+        arguments += [b"--export", dump_json(export)]
+        arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
+        parent = os.getpid()
+        self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: die_with(parent))
+        self._wait_until_ready()
+        file = DiskFile(self.path, self._image.name)
+        self._unmount()
+        return file
+
+    def _wait_until_ready(self) -> None:
+        import select
+
+        stdout = self._daemon.stdout
+        readable, _, _ = select.select([stdout], [], [], DAEMON_PATIENCE)
+        if not readable:
+            raise Error(
+                f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer "
+                f"within {DAEMON_PATIENCE} seconds"
+            )
+        if not os.read(stdout.fileno(), 1):
+            stderr = self._daemon.stderr.read()
+            raise Error(f"cannot open {quoted(self._image.name)}: {complaint(stderr)}")
+
+    def _unmount(self) -> None:
+        """Take mount and folder away from under the open file. Where it can't be: later."""
+        path = os.fsencode(self.path)
+        if libc_call("umount2", path, MNT_DETACH) != 0:  # not root: FUSE's own helper may
+            import subprocess
+
+            with contextlib.suppress(OSError):
+                subprocess.call(
+                    [b"fusermount3", b"-u", b"-z", path],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)
+
+    def close(self) -> None:
+        """End the daemon, wait for it, and remove what is left."""
+        if self._daemon is not None:
+            import subprocess
+
+            self._daemon.terminate()
+            try:
+                self._daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
+            for pipe in (self._daemon.stdin, self._daemon.stdout, self._daemon.stderr):
+                pipe.close()
+        self._remove_folder()
+
+
+def libc_call(name: str, *arguments: Any) -> int:
+    """Call a function of the C library; -1 if it fails, or if there is no way to call it."""
+    try:
+        import ctypes
+
+        return int(getattr(ctypes.CDLL(None), name)(*arguments))
+    except (ImportError, OSError, AttributeError):
+        return -1
+
+
+def die_with(parent: int) -> None:
+    """In a child: ask the kernel to end it when its parent ends, whatever ends that one."""
+    libc_call("prctl", PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+    # The terminal's Ctrl-C is for the parent, which ends the daemon when it has cleaned up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
+    """Open a disk in any format that QEMU knows: directly if possible, else by an export."""
+    opened = {}  # type: Dict[str, DiskFile]
+
+    def open_file(name: str) -> DiskFile:
+        if name not in opened:
+            opened[name] = DiskFile(name)
+            resources.callback(opened[name].close)
+        return opened[name]
+
+    # Opened before anything is learned of them, so that a change from now on is seen.
+    if not image.is_options:
+        open_file(image.name)
+    chain = backing_chain(image)
+    files = member_files(chain, open_file)
+    source = read_chain(image, chain, files)  # type: Optional[Source]
+    if source is None:
+        for name in other_files(chain):
+            open_file(name)
+        export = Export(image)
+        resources.callback(export.close)
+        file = export.open()
+        resources.callback(file.close)
+        source = RawSource(file)
+    source.files = source.files + [each for each in opened.values() if each not in source.files]
+    return source
 
 
 # ---------------------------------------------------------------------------------------------
@@ -598,7 +973,7 @@ class ZeroProbe(NamedTuple):
     zeros, other    the state to give to a cluster that is all zeros, and to any other
     """
 
-    source: RawSource
+    source: Source
     zeros: int
     other: int
 
@@ -621,8 +996,8 @@ class DiffProbe(NamedTuple):
     zeros   the state to give to a cluster that differs from the base and is all zeros
     """
 
-    source: RawSource
-    base: RawSource
+    source: Source
+    base: Source
     zeros: int
 
     def states(self, first: int, end: int, cluster_size: int) -> bytes:
@@ -642,7 +1017,7 @@ class DiffProbe(NamedTuple):
         return bytes(states)
 
 
-def read_clusters(source: RawSource, first: int, end: int, cluster_size: int) -> bytearray:
+def read_clusters(source: Source, first: int, end: int, cluster_size: int) -> bytearray:
     """The content of the clusters from first to end, padded to whole clusters."""
     buffer = bytearray((end - first) * cluster_size)
     source.read_into(memoryview(buffer), first * cluster_size)
@@ -661,7 +1036,7 @@ class Step(NamedTuple):
 
 
 def full_steps(
-    source: RawSource, cluster_count: int, cluster_size: int, trusted: bool
+    source: Source, cluster_count: int, cluster_size: int, trusted: bool
 ) -> Iterator[Step]:
     """A full image: every cluster that is not all zeros.
 
@@ -677,7 +1052,7 @@ def full_steps(
 
 
 def layout_steps(
-    source: RawSource, layout: "Layout", zeros: int, cluster_count: int, cluster_size: int
+    source: Source, layout: "Layout", zeros: int, cluster_count: int, cluster_size: int
 ) -> Iterator[Step]:
     """The clusters that a layout names; their content decides what they become."""
     probe = ZeroProbe(source, zeros, DATA)
@@ -710,8 +1085,8 @@ def trusted_layout_steps(
 
 
 def diff_steps(
-    source: RawSource,
-    base: RawSource,
+    source: Source,
+    base: Source,
     zeros: int,
     trusted: bool,
     geometry: "Geometry",
@@ -741,7 +1116,7 @@ def diff_steps(
         yield Step(first, end, verdict)
 
 
-def places_that_differ(source: RawSource, base: RawSource, size: int) -> Iterator[Range]:
+def places_that_differ(source: Source, base: Source, size: int) -> Iterator[Range]:
     """Where two disks don't share the very same bytes of the very same file."""
     for start, end, (ours, theirs) in sweep(size, source.extents(), base.extents()):
         if (ours and ours.place) != (theirs and theirs.place):
@@ -1412,7 +1787,7 @@ def write_image(
     output: Output,
     plan: Plan,
     header: Header,
-    source: RawSource,
+    source: Source,
     cluster_map: ClusterMap,
 ) -> None:
     """Write the whole image, in file order."""
@@ -1430,9 +1805,7 @@ def write_image(
     output.flush()
 
 
-def copy_data(
-    output: Output, source: RawSource, cluster_map: ClusterMap, cluster_size: int
-) -> None:
+def copy_data(output: Output, source: Source, cluster_map: ClusterMap, cluster_size: int) -> None:
     """Write the data clusters, in guest order.
 
     Long runs go straight from descriptor to descriptor. Short ones that lie close together
@@ -1456,7 +1829,7 @@ def copy_data(
         copy_gathered(output, source, gathered)
 
 
-def copy_gathered(output: Output, source: RawSource, ranges: Sequence[Tuple[int, int]]) -> None:
+def copy_gathered(output: Output, source: Source, ranges: Sequence[Tuple[int, int]]) -> None:
     """Write several byte ranges that lie close together: one read for all of them."""
     base = ranges[0][0]
     view = memoryview(bytearray(ranges[-1][1] - base))
@@ -1464,7 +1837,7 @@ def copy_gathered(output: Output, source: RawSource, ranges: Sequence[Tuple[int,
     output.write(b"".join([view[start - base : end - base] for start, end in ranges]))
 
 
-def copy_range(output: Output, source: RawSource, start: int, end: int) -> None:
+def copy_range(output: Output, source: Source, start: int, end: int) -> None:
     """Write the guest bytes from start to end; what is stored nowhere is zeros."""
     position = start
     for extent in source.stored(start, end):
@@ -1544,10 +1917,25 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     group = parser.add_argument_group("what to read")
-    group.add_argument("input", metavar="INPUT", help="raw file or block device; only read")
+    group.add_argument("input", metavar="INPUT", help="file or block device; only read")
+    group.add_argument(
+        "-f",
+        "--format",
+        metavar="FMT",
+        default="raw",
+        help="format of INPUT, e.g. qcow2, vmdk, vhdx (default: raw); QEMU reads others",
+    )
+    group.add_argument(
+        "--image-opts",
+        action="store_true",
+        help="INPUT is a QEMU option string: driver=rbd,pool=p,image=i",
+    )
 
     group = parser.add_argument_group("what to export (default: the whole disk)")
-    group.add_argument("--diff", metavar="BASE", help="only what differs from BASE (raw)")
+    group.add_argument("--diff", metavar="BASE", help="only what differs from BASE")
+    group.add_argument(
+        "--diff-format", metavar="FMT", help="format of BASE (default: that of INPUT)"
+    )
     group.add_argument(
         "--layout",
         metavar="FILE",
@@ -1635,7 +2023,22 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     maps = (options.json_header_map, options.json_header_info) != (None, None)
     base_maps = (options.json_header_diff_map, options.json_header_diff_info) != (None, None)
     old = options.compat == "0.10"
+    has_format = options.format != "raw" or options.image_opts
+    input_format = "--image-opts" if options.image_opts else f"--format {options.format}"
     contradictions = (
+        (options.image_opts and options.format != "raw",
+         "--image-opts names the format itself, as driver=…; leave --format out"),
+        (options.image_opts and not re.search(r"(^|,)driver=", options.input),
+         f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
+        (has_format and has_external,
+         f"{external} refers to INPUT as it is, and {input_format} is not raw; leave one out"),
+        (has_format and (maps or base_maps),
+         f"the --json-header options describe raw disks; leave {input_format} out"),
+        (options.diff_format is not None and options.diff is None,
+         "--diff-format is the format of BASE; add --diff BASE"),
+        (not all(re.match(r"[\w-]+\Z", each or "raw", re.ASCII) for each in
+                 (options.format, options.diff_format)),
+         "a format is a name such as raw, qcow2 or vmdk"),
         (options.diff is not None and options.layout is not None,
          "--diff and --layout both say what to export; give one of them"),
         (options.trust_layout and options.layout is None,
@@ -1713,8 +2116,8 @@ def read_known_disk(
 class Sources(NamedTuple):
     """What is read: the disk, perhaps its base, and whether their extents are to be trusted."""
 
-    disk: RawSource
-    base: Optional[RawSource]
+    disk: Source
+    base: Optional[Source]
     virtual_size: int
     cluster_size: Optional[int]
     trusted: bool
@@ -1723,31 +2126,43 @@ class Sources(NamedTuple):
 def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
 
-    def opened(name: str) -> DiskFile:
-        file = DiskFile(name)
-        resources.callback(file.close)
-        return file
-
-    file = opened(options.input)
-    base_file = None if options.diff is None else opened(options.diff)
     ranges, info = read_known_disk(options.json_header_map, options.json_header_info, "")
-    size = align_up(file.size if info is None else info.virtual_size, SECTOR_SIZE)
-    if align_up(file.size, SECTOR_SIZE) < size:
+    image = ImageName(options.input, options.format, options.image_opts)
+    disk = open_disk(image, resources, info and info.virtual_size, ranges)
+    size = align_up(disk.size if info is None else info.virtual_size, SECTOR_SIZE)
+    if align_up(disk.size, SECTOR_SIZE) < size:
         raise Error(
-            f"{quoted(file.name)} has {file.size} bytes, but --json-header-info says {size}; "
+            f"{quoted(image.name)} has {disk.size} bytes, but --json-header-info says {size}; "
             "it describes another disk"
         )
-    disk = RawSource(file, size, ranges)
     base = None
     trusted = ranges is not None
-    if base_file is not None:
+    if options.diff is not None:
         base_ranges, base_info = read_known_disk(
             options.json_header_diff_map, options.json_header_diff_info, "diff-"
         )
         trusted = trusted and base_ranges is not None
         base_size = size if base_info is None else min(size, base_info.virtual_size)
-        base = RawSource(base_file, base_size, base_ranges)
+        base_image = ImageName(options.diff, options.diff_format or options.format, False)
+        base = open_disk(base_image, resources, base_size, base_ranges)
     return Sources(disk, base, size, info and info.cluster_size, trusted)
+
+
+def open_disk(
+    image: ImageName,
+    resources: contextlib.ExitStack,
+    size: Optional[int],
+    ranges: Optional[List[Range]],
+) -> Source:
+    """Open a disk of any format; size and ranges: see RawSource."""
+    if image.is_options or image.format != "raw":
+        source = open_image(image, resources)
+        if size is not None:
+            source.size = min(source.size, size)
+        return source
+    file = DiskFile(image.name)
+    resources.callback(file.close)
+    return RawSource(file, size, ranges)
 
 
 def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry) -> Iterable[Step]:
@@ -1826,7 +2241,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack) -> None:
     check_unchanged(disks)
 
 
-def check_unchanged(disks: Iterable[RawSource]) -> None:
+def check_unchanged(disks: Iterable[Source]) -> None:
     """Raise Error if any of the disks is not what it was."""
     for disk in disks:
         disk.check_unchanged()

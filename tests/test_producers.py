@@ -49,12 +49,12 @@ def test_a_week_of_ceph_backups(
     for night, writes in NIGHTS.items():
         ceph.io(rbd_image, *writes)
         ceph.rbd("snap", "create", "--no-progress", f"{rbd_image}@{night}")
-        since = ["--from-snap", before] if before else []
+        since: List[str] = ["--from-snap", before] if before else []
         layout = ceph.rbd("diff", "--format", "json", *whole, *since, f"{rbd_image}@{night}")
         snapshot = ceph.url(f"{rbd_image}@{night}")
         raw = tmp_path / f"{night}.raw"  # no kernel client here; a mapped device elsewhere
         shell("qemu-img", "convert", "-f", "raw", "-O", "raw", snapshot, str(raw))
-        overlay = ["-b", f"{before}.qcow2", "-F", "qcow2"] if before else []
+        overlay: List[str] = ["-b", f"{before}.qcow2", "-F", "qcow2"] if before else []
         image = tmp_path / f"{night}.qcow2"
         image.write_bytes(stream(raw, "--layout", "-", *trust, *overlay, stdin=layout.encode()))
         judges.qemu_check(image)
@@ -66,8 +66,8 @@ def test_a_week_of_ceph_backups(
     # Any night is still what it was, read through its own chain.
     for night in NIGHTS:
         snapshot = ceph.url(f"{rbd_image}@{night}")
-        image = str(tmp_path / f"{night}.qcow2")
-        shell("qemu-img", "compare", "-f", "raw", "-F", "qcow2", snapshot, image)
+        night_image = str(tmp_path / f"{night}.qcow2")
+        shell("qemu-img", "compare", "-f", "raw", "-F", "qcow2", snapshot, night_image)
 
 
 @pytest.mark.xdist_group("ceph")
@@ -114,7 +114,7 @@ def test_an_overlay_by_a_dirty_bitmap_from_an_nbd_server(tmp_path: Path) -> None
     shell("qemu-img", "convert", "-O", "raw", str(disk), str(raw))
     for layout in (dirty, allocation, depth):
         for trust in ([], ["--trust-layout"]):
-            overlay = ["-b", "monday.qcow2", "-F", "qcow2"]
+            overlay: List[str] = ["-b", "monday.qcow2", "-F", "qcow2"]
             image = stream(raw, "--layout", "-", *trust, *overlay, stdin=layout)
             (tmp_path / "tuesday.qcow2").write_bytes(image)
             judges.qemu_check(tmp_path / "tuesday.qcow2")

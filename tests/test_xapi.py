@@ -69,7 +69,7 @@ def export(vdi: Vdi, base: Optional[Vdi] = None, *options: str, base_map: bool =
     left, right = socket.socketpair()
     program = subprocess.Popen(
         command(*arguments, *options, python=OLDEST[0] if OLDEST else PYTHON),
-        stdout=left,
+        stdout=left.fileno(),
         stderr=subprocess.PIPE,
         pass_fds=descriptors,
     )
@@ -183,7 +183,7 @@ def test_a_descriptor_that_holds_something_else(tmp_path: Path, option: str, cas
     text, words = DESCRIPTORS[case]
     reader, writer = os.pipe()
     write_all(writer, text or b"")
-    base = ["--diff", raw] if option.startswith("diff") else []
+    base: List[Any] = ["--diff", raw] if option.startswith("diff") else []
     name = f"--json-header-{option}"
     if text is None:
         os.close(reader)

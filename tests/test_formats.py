@@ -1,0 +1,435 @@
+"""Any image that QEMU opens, read directly or through its daemon: the same bytes from both."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from conftest import needs
+from support import judges
+from support.ceph import Cluster
+from support.disks import noise, write_disk
+from support.program import TIMEOUT, assert_refused, run, start, stream
+
+MIB = 1 << 20
+
+
+def shell(*arguments: Any, **options: Any) -> bytes:
+    words = [str(word) for word in arguments]
+    return bytes(subprocess.check_output(words, timeout=TIMEOUT, **options))
+
+
+def create(path: Path, size: str, *options: str, form: str = "qcow2") -> Path:
+    """An empty image, by qemu-img create."""
+    shell("qemu-img", "create", "-q", "-f", form, *options, path, size)
+    return path
+
+
+def overlay(path: Path, base: Path, form: str, *options: str) -> Path:
+    shell("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", form, *options, path)
+    return path
+
+
+def write(path: Path, *commands: str, form: str = "qcow2") -> Path:
+    words = [word for command in commands for word in ("-c", command)]
+    shell("qemu-io", "-f", form, *words, path)
+    return path
+
+
+def as_raw(path: Path, form: str = "qcow2") -> Path:
+    raw = path.with_name(path.name + ".raw")
+    shell("qemu-img", "convert", "-f", form, "-O", "raw", path, raw)
+    return raw
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No daemon, no mount and no temporary folder outlives a test of this file."""
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + 10
+    while leftovers() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not leftovers() - before
+
+
+def leftovers() -> set:  # type: ignore[type-arg]  # of strings
+    """Daemons that belong to nobody, mounts and folders of the program."""
+    found = {line for line in Path("/proc/mounts").read_text().splitlines() if "to_stdout." in line}
+    found |= {str(path) for path in Path("/tmp").glob("qcow2_to_stdout.*")}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+            arguments = (status.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if "qemu-storage" in text and "to_stdout." in arguments and "\nPPid:\t1\n" in text:
+            found.add(arguments)
+    return found
+
+
+def through_the_daemon(path: Path, *options: Any, form: str = "qcow2") -> bytes:
+    """The image by way of the FUSE export, which --image-opts always takes."""
+    name = str(path).replace(",", ",,")
+    return stream(f"driver={form},file.driver=file,file.filename={name}", "--image-opts", *options)
+
+
+def check_both_ways(path: Path, tmp_path: Path, *options: Any, direct: bool = True) -> bytes:
+    """The stream of an image equals that of its raw content, whichever way it is read."""
+    expected = stream(as_raw(path), *options)
+    images = [stream("-f", "qcow2", path, *options), through_the_daemon(path, *options)]
+    digests = {hashlib.sha256(image).hexdigest() for image in [expected, *images]}
+    assert len(digests) == 1
+    log = tmp_path / "trace"
+    program = [str(word) for word in ("-f", "qcow2", path, *options)]
+    shell("strace", "-f", "-e", "execve", "-o", log, "python3", PROGRAM, *program)
+    assert ("qemu-storage-daemon" not in log.read_text()) == direct
+    return expected
+
+
+PROGRAM = Path(__file__).resolve().parents[1] / "qcow2_to_stdout.py"
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> List[Path]:
+    """Qcow2 on qcow2 on raw, with different cluster sizes."""
+    raw = write_disk(
+        tmp_path / "bottom.raw", 4 * MIB + 1000, [(MIB, noise(2 * MIB)), (4 * MIB, noise(1000))]
+    )
+    middle = overlay(tmp_path / "middle.qcow2", raw, "raw", "-o", "cluster_size=4096")
+    write(middle, "write -P 1 1M 8192", "write -z 2M 64k", "write -P 2 3145000 1000")
+    top = overlay(tmp_path / "top.qcow2", middle, "qcow2", "-o", "cluster_size=512k")
+    write(top, "write -P 3 1100000 4096", "write -P 4 3M 1")
+    return [raw, middle, top]
+
+
+def test_a_chain(chain: List[Path], tmp_path: Path) -> None:
+    for options in ([], ["-c", "4K"], ["-c", "2M", "-r", "1"]):
+        check_both_ways(chain[2], tmp_path, *options)
+        check_both_ways(chain[1], tmp_path, *options)
+
+
+@pytest.mark.parametrize("size", ["2M", "6M", "4194816"])
+def test_an_overlay_larger_or_smaller_than_its_backing_file(tmp_path: Path, size: str) -> None:
+    base = write_disk(tmp_path / "base.raw", 4 * MIB + 512, [(0, noise(4 * MIB + 512))])
+    top = tmp_path / "top.qcow2"
+    shell("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top, size)
+    write(top, "write -P 3 1M 100k")
+    check_both_ways(top, tmp_path)
+
+
+def test_extended_l2_entries(tmp_path: Path) -> None:
+    base = write_disk(tmp_path / "base.raw", 4 * MIB, [(0, noise(4 * MIB))])
+    top = overlay(tmp_path / "top.qcow2", base, "raw", "-o", "extended_l2=on,cluster_size=128k")
+    write(top, "write -P 1 12k 4k", "write -z 1M 8k", "discard 2M 128k")
+    check_both_ways(top, tmp_path)
+
+
+def test_internal_snapshots(tmp_path: Path) -> None:
+    image = write(create(tmp_path / "a.qcow2", "4M"), "write -P 1 0 2M")
+    shell("qemu-img", "snapshot", "-c", "one", image)
+    write(image, "write -P 2 1M 2M")
+    check_both_ways(image, tmp_path)
+
+
+def test_compressed_clusters(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "a.raw", 4 * MIB, [(0, b"text" * 500_000)])
+    shell("qemu-img", "convert", "-c", "-O", "qcow2", raw, tmp_path / "a.qcow2")
+    check_both_ways(tmp_path / "a.qcow2", tmp_path, direct=False)
+
+
+def test_an_external_data_file(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", "4M", "-o", f"data_file={tmp_path}/a.data")
+    write(image, "write -P 1 1M 1M")
+    check_both_ways(image, tmp_path, direct=False)
+
+
+def test_an_encrypted_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
+    image = tmp_path / "a.qcow2"
+    secret = ["--object", "secret,id=s,data=abc"]
+    options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+    shell("qemu-img", "create", "-q", "-f", "qcow2", *secret, *options, image, "1M")
+    result = run("-f", "qcow2", image)
+    assert_refused(result, str(image), "encrypt")
+
+
+FORMATS = ["vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "qcow", "luks"]
+
+
+@pytest.mark.parametrize("form", FORMATS[:6])
+def test_other_formats(tmp_path: Path, form: str) -> None:
+    raw = write_disk(tmp_path / "a.raw", 8 * MIB, [(MIB, noise(MIB)), (7 * MIB, noise(70_000))])
+    image = tmp_path / f"a.{form}"
+    options = ["-o", "force_size=on"] if form == "vpc" else []
+    shell("qemu-img", "convert", "-f", "raw", "-O", form, *options, raw, image)
+    streamed = stream("-f", form, image)
+    (tmp_path / "a.qcow2").write_bytes(streamed)
+    judges.qemu_check(tmp_path / "a.qcow2")
+    shell("qemu-img", "compare", "-f", form, "-F", "qcow2", image, tmp_path / "a.qcow2")
+
+
+def test_dmg(tmp_path: Path) -> None:
+    """A disk image of Apple's: a table of stored blocks, written here by hand."""
+    content = noise(MIB)
+    image = tmp_path / "a.dmg"
+    image.write_bytes(dmg(content))
+    parsed = stream("-f", "dmg", image)
+    (tmp_path / "a.qcow2").write_bytes(parsed)
+    assert judges.qemu_read(tmp_path / "a.qcow2") == content
+
+
+def dmg(content: bytes) -> bytes:
+    """The smallest dmg that there is: one raw chunk, one property list, one trailer."""
+    import base64
+    import struct
+
+    sectors = len(content) // 512
+    mish = struct.pack(">4sIQQQII24sII128s", b"mish", 1, 0, sectors, 0, 0, 0, b"", 2, 0, b"")
+    mish = mish[:200].ljust(200, b"\0") + struct.pack(">I", 2)
+    mish += struct.pack(">IIQQQQ", 1, 0, 0, sectors, 0, len(content))
+    mish += struct.pack(">IIQQQQ", 0xFFFFFFFF, 0, sectors, 0, len(content), 0)
+    table = base64.b64encode(mish)
+    plist = (
+        b"<plist><dict><key>resource-fork</key><dict><key>blkx</key><array><dict>"
+        b"<key>Data</key><data>" + table + b"</data></dict></array></dict></dict></plist>"
+    )
+    koly = bytearray(512)
+    koly[0:12] = struct.pack(">4sII", b"koly", 4, 512)
+    struct.pack_into(">QQ", koly, 24, 0, len(content))
+    struct.pack_into(">QQ", koly, 216, len(content), len(plist))
+    struct.pack_into(">Q", koly, 492, sectors)
+    return content + plist + bytes(koly)
+
+
+def test_the_difference_of_two_members_reads_only_what_they_do_not_share(
+    chain: List[Path], tmp_path: Path
+) -> None:
+    raw, middle, top = chain
+    for new, base, form in ((top, middle, "qcow2"), (top, raw, "raw"), (middle, raw, "raw")):
+        options: List[Any] = ["-b", base.name, "-F", form, "--diff", base, "--diff-format", form]
+        image = stream("-f", "qcow2", new, *options)
+        difference = tmp_path / "difference.qcow2"
+        difference.write_bytes(image)
+        judges.qemu_check(difference)
+        shell("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", new, difference)
+        assert len(image) < 2 * MIB
+        plain = stream(as_raw(new), "--diff", as_raw(base, form), *options[:4])
+        assert image == plain
+
+
+def test_what_a_chain_shares_is_not_read(tmp_path: Path) -> None:
+    base = write(create(tmp_path / "base.qcow2", "64M"), "write -P 1 0 64M")
+    top = write(overlay(tmp_path / "top.qcow2", base, "qcow2"), "write -P 2 32M 64k")
+    log = tmp_path / "trace"
+    options = ["-f", "qcow2", top, "--diff", base]
+    shell("strace", "-e", "preadv,preadv2,pread64", "-o", log, "python3", PROGRAM, *options)
+    lines = [line for line in log.read_text().splitlines() if "preadv" in line]
+    assert sum(int(line.rsplit("=", 1)[1]) for line in lines) <= 2 * 65536
+
+
+NAMES = [
+    "a,b=c",
+    'quo"te',
+    "sp ace",
+    "-dash",
+    "new\nline",
+    "äöü 日本",
+    "co:lon",
+    "json:{}",
+    "back\\slash",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_names_mean_nothing(tmp_path: Path, name: str, form: str) -> None:
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", form, raw, tmp_path / "image")
+    (tmp_path / "image").rename(tmp_path / name)
+    assert stream("-f", form, "--", name, cwd=tmp_path) == stream(raw)
+
+
+def test_an_nbd_export(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "raw", 4 * MIB, [(MIB, noise(MIB))])
+    address = tmp_path / "socket"
+    server = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "raw", "-k", str(address), str(raw)])
+    try:
+        while not address.exists():
+            time.sleep(0.02)
+        options = f"driver=nbd,server.type=unix,server.path={address}"
+        assert stream("--image-opts", options) == stream(raw)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.xdist_group("ceph")
+def test_rbd_without_a_mapped_device(ceph: Cluster, tmp_path: Path) -> None:
+    ceph.rbd("create", "--size", "8M", "direct")
+    ceph.io("direct", "write -P 1 1M 64k", "write -P 2 5M 512")
+    ceph.rbd("snap", "create", "--no-progress", "direct@night")
+    layout = ceph.rbd("diff", "--format", "json", "direct@night")
+    options = f"driver=rbd,pool=rbd,image=direct,snapshot=night,conf={ceph.conf}"
+    image = stream("--image-opts", options, "--layout", "-", stdin=layout.encode())
+    (tmp_path / "a.qcow2").write_bytes(image)
+    shell("qemu-img", "compare", "-f", "raw", "-F", "qcow2", ceph.url("direct@night"),
+          tmp_path / "a.qcow2")  # fmt: skip
+    assert image == stream("--image-opts", options)
+
+
+def test_block_devices_hold_images_too(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 1M 1M")
+    expected = stream("-f", "qcow2", image)
+    device = loop_device(image)
+    assert stream("-f", "qcow2", device) == expected
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vdi", raw, tmp_path / "a.vdi")
+    assert stream("-f", "vdi", loop_device(tmp_path / "a.vdi")) == stream(raw)
+
+
+def test_what_qemu_says_is_passed_on(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    assert_refused(run("-f", "qcow2", raw), "raw", "not in qcow2 format")
+    assert_refused(run("-f", "nonsense", raw), "Unknown driver 'nonsense'")
+    assert_refused(run("-f", "qcow2", tmp_path / "none"), "none", "No such file")
+    assert_refused(run("-f", "a b", raw), "format")
+    base = create(tmp_path / "base.qcow2", "1M")
+    top = overlay(tmp_path / "top.qcow2", base, "qcow2")
+    base.unlink()
+    assert_refused(run("-f", "qcow2", top), "base.qcow2", "No such file")
+    assert_refused(run("-f", "qcow2", raw, "-d"), "--data-file", "--format qcow2")
+    assert_refused(run("--image-opts", "file.filename=x"), "driver")
+    assert_refused(run("--image-opts", "driver=nbd,server.type=unix,server.path=/none"), "/none")
+
+
+def test_an_image_that_a_running_vm_holds(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", "1M")
+    vm = subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert vm.stdin is not None
+    try:
+        deadline = time.monotonic() + 10
+        while run("-f", "qcow2", image).status == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)  # until it has the lock
+        assert_refused(run("-f", "qcow2", image), "running VM", "snapshot")
+    finally:
+        vm.communicate(timeout=TIMEOUT)
+
+
+def test_programs_that_are_not_installed(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", "1M")
+    (tmp_path / "bin").mkdir()
+    python = shutil.which("python3") or ""
+    env = {"PATH": str(tmp_path / "bin")}
+    result = run("-f", "qcow2", image, env=env, python="/usr/bin/python3")
+    assert python
+    assert_refused(result, "qemu-img", "qemu-utils", "Fedora")
+    os.symlink(shutil.which("qemu-img") or "", tmp_path / "bin" / "qemu-img")
+    options = ["--image-opts", f"driver=qcow2,file.filename={image}"]
+    result = run(*options, env=env, python="/usr/bin/python3")
+    assert_refused(result, "qemu-storage-daemon", "qemu-system-common")
+
+
+@pytest.mark.parametrize("directory", ["missing", "read-only"])
+def test_a_temporary_folder_that_cannot_be_made(tmp_path: Path, directory: str) -> None:
+    image = create(tmp_path / "a.qcow2", "1M")
+    env = {**os.environ, "TMPDIR": "/proc/none" if directory == "missing" else "/proc"}
+    result = run("--image-opts", f"driver=qcow2,file.filename={image}", env=env)
+    assert result.status in (0, 1)  # Python falls back to /tmp where it can
+    assert result.stderr.count("\n") == result.status
+
+
+def daemons_of(pid: int) -> List[int]:
+    found = shell("pgrep", "-P", pid, "-f", "qemu-storage-daemon").split()
+    return [int(word) for word in found]
+
+
+@pytest.fixture
+def dense_vmdk(tmp_path: Path) -> Path:
+    raw = write_disk(tmp_path / "raw", 8 * MIB, [(0, noise(8 * MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vmdk", raw, tmp_path / "a.vmdk")
+    return tmp_path / "a.vmdk"
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGPIPE]
+)
+def test_no_ending_leaves_a_daemon(dense_vmdk: Path, signum: int) -> None:
+    program = start("-f", "vmdk", dense_vmdk)
+    program.stdout.read(100_000)
+    (daemon,) = daemons_of(program.pid)
+    assert not leftovers(), "mount and folder are gone while it runs"
+    if signum == signal.SIGPIPE:
+        program.stdout.close()
+    else:
+        program.send_signal(signum)
+        program.stdout.close()
+    assert program.wait(TIMEOUT) == -signum
+    assert program.stderr.read() == b""
+    program.stderr.close()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{daemon}") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not os.path.exists(f"/proc/{daemon}")
+
+
+def test_a_daemon_that_dies(dense_vmdk: Path) -> None:
+    expected = stream("-f", "vmdk", dense_vmdk)
+    program = start("-f", "vmdk", dense_vmdk)
+    taken = program.stdout.read(100_000)
+    (daemon,) = daemons_of(program.pid)
+    os.kill(daemon, signal.SIGKILL)
+    stdout, stderr = program.communicate(timeout=TIMEOUT)
+    if program.returncode == 0:  # all of it was in the page cache already
+        assert taken + stdout == expected
+    else:
+        assert program.returncode == 1
+        assert b"cannot read" in stderr
+        assert stderr.count(b"\n") == 1
+
+
+def test_an_image_that_changes_while_it_is_exported(dense_vmdk: Path) -> None:
+    program = start("-f", "vmdk", dense_vmdk)
+    program.stdout.read(100_000)
+    os.utime(dense_vmdk)
+    stdout, stderr = program.communicate(timeout=TIMEOUT)
+    assert program.returncode == 1
+    assert b"a.vmdk" in stderr
+    assert b"changed" in stderr
+    assert stdout
+
+
+def test_a_member_that_changes_while_it_is_read(chain: List[Path]) -> None:
+    program = start("-f", "qcow2", chain[2], "-c", "4K")
+    program.stdout.read(10_000)
+    os.utime(chain[0])
+    stderr = program.communicate(timeout=TIMEOUT)[1].decode()
+    assert program.returncode == 1
+    assert "bottom.raw" in stderr
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_without_root(tmp_path: Path, form: str) -> None:
+    needs(os.geteuid() == 0, "root, to become somebody else")
+    if form == "vmdk":  # direct reading needs none of this
+        needs(os.stat("/dev/fuse").st_mode & 0o006 == 0o006, "a /dev/fuse for everybody")
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", form, raw, tmp_path / "image")
+    folder = Path("/tmp") / f"unprivileged{os.getpid()}"
+    folder.mkdir(mode=0o755)
+    try:
+        shutil.copy(PROGRAM, folder)
+        shutil.copy(tmp_path / "image", folder / "image")
+        os.chmod(folder / "image", 0o644)
+        image = shell("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+                      "/usr/bin/python3", folder / PROGRAM.name,
+                      "-f", form, folder / "image", cwd="/")  # fmt: skip
+        assert image == stream(raw)
+    finally:
+        shutil.rmtree(folder)
