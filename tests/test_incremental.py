@@ -138,7 +138,7 @@ def test_a_bare_diff_written_over_the_base(change: Change, cluster_size: int) ->
     trust=st.booleans(),
     compat=st.sampled_from(["1.1", "0.10"]),
 )
-def test_a_true_layout_as_an_overlay(  # noqa: PLR0917  # what hypothesis draws
+def test_a_true_layout_as_an_overlay(  # what hypothesis draws
     change: Change, cluster_size: int, form: str, spread: int, trust: bool, compat: str
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
