@@ -82,8 +82,7 @@ else:
 
         def __new__(cls, *values, **named):
             """Fields by position or name; those with a default may be left out."""
-            missing = len(cls._fields) - len(values)
-            if missing:
+            if len(values) < len(cls._fields):
                 rest = cls._fields[len(values) :]
                 defaults = dict(zip(cls._fields[-len(cls._defaults) :], cls._defaults))
                 values += tuple(named[n] if n in named else defaults[n] for n in rest)
@@ -266,6 +265,8 @@ class DiskFile:
     fd      its descriptor
     size    in bytes, when it was opened
     """
+
+    can_sendfile = True
 
     def __init__(self, path: str, shows: Optional[str] = None) -> None:
         """Open path. Raises Error if it is missing, unreadable or nothing that holds a disk.
@@ -515,6 +516,85 @@ class RawSource(Source):
             self._file.read_into(view, start)
         else:
             super().read_into(view, start)
+
+
+class StreamFile(DiskFile):
+    """Standard input: a disk that comes byte after byte, and only once."""
+
+    can_sendfile = False
+
+    def __init__(self, size: int) -> None:
+        """A stream that must have just `size` bytes."""
+        self.name = "-"
+        self.fd = 0
+        self.size = size
+        self._position = 0
+        self._found = os.fstat(0)
+
+    def close(self) -> None:
+        """It is not ours to close."""
+
+    def check_unchanged(self) -> None:
+        """It can't change: what has been read is gone."""
+
+    def advise(self, offset: int, length: int, how: str) -> None:
+        """There is nothing to tell the kernel of a stream."""
+
+    def is_cached(self, offset: int) -> bool:
+        """Nothing can be read ahead: as good as in memory."""
+        return True
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill view from offset on, which must not lie behind what has been read."""
+        self.skip_to(offset)
+        while len(view):
+            count = self._read(view)
+            if not count:
+                raise self.ended_early(self._position)
+            view = view[count:]
+
+    def skip_to(self, offset: int) -> None:
+        """Read on and forget."""
+        waste = memoryview(bytearray(min(offset - self._position, 1 << 20)))
+        while self._position < offset:
+            if not self._read(waste[: offset - self._position]):
+                raise self.ended_early(self._position)
+
+    def _read(self, view: memoryview) -> int:
+        try:
+            count = os.readv(self.fd, [view])
+        except BlockingIOError:
+            wait_for(self.fd, "POLLIN")
+            return self._read(view)
+        except OSError as error:
+            raise self.read_error(self._position, error) from error
+        self._position += count
+        return count
+
+    def ended_early(self, offset: int) -> Error:
+        """What to raise where the stream is shorter than it was said to be."""
+        return Error(
+            f"standard input ended after {offset} bytes, but --size says {self.size}; the image "
+            "is not whole"
+        )
+
+    def expect_end(self) -> None:
+        """Raise Error unless the stream has just the bytes that it was said to have."""
+        self.skip_to(self.size)
+        if self._read(memoryview(bytearray(1))):
+            raise Error(
+                f"standard input goes on after the {self.size} bytes that --size says; the "
+                "image is not whole"
+            )
+
+
+def wait_for(fd: int, event: str) -> None:
+    """Wait until a descriptor that does not block is ready: event is POLLIN or POLLOUT."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, getattr(select, event))
+    poll.poll()
 
 
 class ChainSource(Source):
@@ -1773,9 +1853,24 @@ class Plan(NamedTuple):
         """Bytes of the whole image."""
         return self.data_offset + self.data_clusters * self._cluster_size
 
+    def refuse_if_too_large(self) -> None:
+        """Raise Error for an image that QEMU could not open."""
+        if self.refcount_table_clusters * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            raise Error(
+                f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which "
+                f"QEMU can't open, with clusters of {self._cluster_size} bytes and refcounts of "
+                f"{self.geometry.refcount_bits} bits; choose a larger --cluster-size or fewer "
+                "--refcount-bits"
+            )
+        if self.file_size > MAX_HOST_OFFSET:
+            raise Error(
+                f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 "
+                "can't express; export fewer data"
+            )
+
 
 def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
-    """Lay the file out. Raises Error for an image that QEMU could not open.
+    """Lay the file out.
 
     The refcount area counts itself: it grows until it covers the file that it is part of.
     """
@@ -1789,22 +1884,7 @@ def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
             break
         blocks = needed
         tables = div_up(blocks, geometry.table_entries)
-    plan = Plan(geometry, tables, blocks, l1_clusters, l2_tables, data_clusters)
-    if tables * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
-        raise Error(
-            f"an image of {plan.file_size} bytes needs a refcount table over 8 MiB, which QEMU "
-            "can't open, with "
-            f"clusters of {geometry.cluster_size} bytes and refcounts of {geometry.refcount_bits} "
-            "bits; choose a larger --cluster-size or "
-            "fewer --refcount-bits"
-        )
-    if plan.file_size > MAX_HOST_OFFSET:
-        raise Error(
-            f"an image of {plan.file_size} bytes has host offsets past 2^56, which qcow2 can't "
-            "express; "
-            "export fewer data"
-        )
-    return plan
+    return Plan(geometry, tables, blocks, l1_clusters, l2_tables, data_clusters)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1813,6 +1893,8 @@ def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
 # ---------------------------------------------------------------------------------------------
 
 WRITE_SIZE = 256 << 10  # bytes of metadata or small clusters that are gathered into one write
+PIPE_PATIENCE = 1.0  # seconds that a reader may pause with the end of the image in its pipe
+PIPE_POLL = 2  # milliseconds between two looks at what it has left
 PIPE_SIZE = 1 << 20  # what the system grants without privilege; twice the rate of 64 KiB
 COPY_SIZE = 4 << 20  # bytes that are sent, and read ahead, at once
 READ_AHEAD = 16 << 20  # bytes between the copy and what the kernel is asked to fetch
@@ -1827,8 +1909,8 @@ class Output:
     written     bytes that have left so far
     """
 
-    def __init__(self, fd: int) -> None:
-        """Raises Error if nothing can or should be written there."""
+    def __init__(self, fd: int, is_text: bool = False) -> None:
+        """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
         self._pending = []  # type: List[bytes]
@@ -1838,9 +1920,10 @@ class Output:
             self._status = os.fstat(fd)
         except OSError as error:
             raise Error("standard output is closed; redirect it to a file or a pipe") from error
-        if os.isatty(fd):
+        if os.isatty(fd) and not is_text:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
-        if stat.S_ISFIFO(self._status.st_mode):
+        self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
+        if self._is_pipe and not is_text:
             self._grow_pipe()
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
@@ -1883,12 +1966,41 @@ class Output:
         pending, self._pending, self._pending_size = self._pending, [], 0
         self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
 
+    def finish(self) -> None:
+        """Write what is pending, and see a pipe's reader off.
+
+        A reader that goes away while its bytes are still in the pipe has not got the image. It
+        is waited for as long as it reads, and PIPE_PATIENCE more.
+        """
+        self.flush()
+        if not self._is_pipe:
+            return
+        import fcntl
+        import select
+        import termios
+
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        left, since = -1, time.monotonic()
+        while time.monotonic() < since + PIPE_PATIENCE:
+            try:
+                answer = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
+            except OSError:  # not on this system
+                return
+            before, left = left, struct.unpack("i", answer)[0]
+            if not left:
+                return
+            if left != before:
+                since = time.monotonic()
+            if any(event & select.POLLERR for _, event in poll.poll(PIPE_POLL)):
+                raise ConsumerGone()
+
     def _write_now(self, view: memoryview) -> None:
         while len(view):
             try:
                 count = os.write(self.fd, view)
             except BlockingIOError:
-                self._wait()
+                wait_for(self.fd, "POLLOUT")
                 continue
             except OSError as error:
                 raise self._write_error(error) from error
@@ -1898,7 +2010,7 @@ class Output:
     def send(self, file: DiskFile, offset: int, length: int) -> None:
         """Write `length` bytes of a file, from offset on."""
         self.flush()
-        if self._can_sendfile:
+        if self._can_sendfile and file.can_sendfile:
             sent = self._sendfile(file, offset, length)
             offset += sent
             length -= sent
@@ -1918,7 +2030,7 @@ class Output:
                 # The system call takes less than 2 GiB at once.
                 count = os.sendfile(self.fd, file.fd, offset + sent, min(length - sent, 1 << 30))
             except BlockingIOError:
-                self._wait()
+                wait_for(self.fd, "POLLOUT")
                 continue
             except (BrokenPipeError, ConnectionError) as error:
                 raise self._write_error(error) from error
@@ -1932,14 +2044,6 @@ class Output:
             self.written += count
             sent += count
         return sent
-
-    def _wait(self) -> None:
-        """Wait until a descriptor that does not block takes bytes again."""
-        import select
-
-        poll = select.poll()
-        poll.register(self.fd, select.POLLOUT)
-        poll.poll()
 
     def _write_error(self, error: OSError) -> Exception:
         if isinstance(error, BrokenPipeError):
@@ -2167,17 +2271,19 @@ class ReadAhead:
         """Tell that the copy has come to a guest offset."""
         if position + READ_AHEAD // 2 < self._asked:
             return
-        batch = []  # type: List[Extent]
+        batch = []  # type: List[Range]
         while self._asked < position + READ_AHEAD:
             start, self._asked = next(self._ranges, (0, sys.maxsize))
-            if start == 0 == len(batch) and self._asked == sys.maxsize:
-                return
             if self._asked < sys.maxsize:
-                batch += self._source.stored(start, self._asked)
-        ends = batch[:1] + batch[-1:]
-        if not all(each.file.is_cached(each.offset + each.end - each.start - 1) for each in ends):
-            for extent in batch:
-                self._readers.submit(functools.partial(self._fetch, extent))
+                batch.append((start, self._asked))
+        if not all(self._is_cached(*ends) for ends in batch[:1] + batch[-1:]):
+            for start, end in batch:
+                for extent in self._source.stored(start, end):
+                    self._readers.submit(functools.partial(self._fetch, extent))
+
+    def _is_cached(self, start: int, end: int) -> bool:
+        extents = self._source.stored(start, end)
+        return all(each.file.is_cached(each.offset + each.end - each.start - 1) for each in extents)
 
     def _fetch(self, extent: Extent, scratch: Scratch) -> None:
         extent.file.advise(extent.offset, extent.end - extent.start, "WILLNEED")
@@ -2232,18 +2338,20 @@ def copy_gathered(
 def copy_range(output: Output, source: Source, start: int, end: int) -> None:
     """Write the guest bytes from start to end; what is stored nowhere is zeros."""
     position = start
-    for extent in source.stored(start, end):
-        output.write_zeros(extent.start - position)
-        output.send(extent.file, extent.offset, extent.end - extent.start)
-        position = extent.end
-    output.write_zeros(end - position)
+    for extent_start, extent_end, file, offset in source.stored(start, end):
+        if position < extent_start:
+            output.write_zeros(extent_start - position)
+        output.send(file, offset, extent_end - extent_start)
+        position = extent_end
+    if position < end:
+        output.write_zeros(end - position)
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line: reads the options and joins the rooms.
 # ---------------------------------------------------------------------------------------------
 
-SIZE_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20}
+SIZE_SUFFIXES = "KMGTPE"  # powers of 1024, as qemu-img takes them
 
 EPILOG = f"""\
 examples:
@@ -2278,16 +2386,33 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def parse_size(text: str) -> Optional[int]:
+    """A number of bytes, from `65536`, `64K` or `1T`; None for anything else."""
+    match = re.match(rf"(\d{{1,20}})([{SIZE_SUFFIXES}]?)\Z", text, re.ASCII | re.IGNORECASE)
+    if not match:
+        return None
+    exponent = SIZE_SUFFIXES.index(match.group(2).upper()) + 1 if match.group(2) else 0
+    return int(match.group(1)) << (10 * exponent)
+
+
 def cluster_size_argument(text: str) -> int:
-    """A cluster size in bytes, from `65536`, `64K` or `2M`."""
-    match = re.match(r"(\d+)([KkMm]?)\Z", text)
-    size = int(match.group(1)) * SIZE_SUFFIXES[match.group(2).upper()] if match else 0
+    """A cluster size in bytes."""
+    size = parse_size(text)
     if size in CLUSTER_SIZES:
-        return size
-    hint = ""
-    if match and size * 1024 in CLUSTER_SIZES:
-        hint = f"; did you mean {size}K?"
+        return int(size or 0)
+    hint = f"; did you mean {size}K?" if size and size * 1024 in CLUSTER_SIZES else ""
     raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 512 to 2M{hint}")
+
+
+def size_argument(text: str) -> int:
+    """A disk's size in bytes."""
+    size = parse_size(text)
+    if size is None:
+        hint = "; leave the B out" if parse_size(text.rstrip("iBb")) is not None else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bytes, perhaps with K, M, G or T{hint}"
+        )
+    return size
 
 
 def refcount_bits_argument(text: str) -> int:
@@ -2316,7 +2441,15 @@ def make_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     group = parser.add_argument_group("what to read")
-    group.add_argument("input", metavar="INPUT", help="file or block device; only read")
+    group.add_argument(
+        "input", metavar="INPUT", help="file or block device, or - for standard input; only read"
+    )
+    group.add_argument(
+        "--size",
+        type=size_argument,
+        help="with INPUT -: bytes of the disk. Read once: all clusters are stored, or the "
+        "layout's only",
+    )
     group.add_argument(
         "-f",
         "--format",
@@ -2409,6 +2542,17 @@ def make_parser() -> argparse.ArgumentParser:
         default=4,
         help="readers at work at once, 1 to 64 (default: 4)",
     )
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        help="write no image, print its exact size",
+    )
+    group.add_argument(
+        "--output", choices=("human", "json"), help="how --measure prints (default: human)"
+    )
+    group.add_argument(
+        "-p", "--progress", action="store_true", help="show progress on stderr (once: SIGUSR1)"
+    )
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
     group.add_argument(
         "-V",
@@ -2430,9 +2574,24 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     maps = (options.json_header_map, options.json_header_info) != (None, None)
     base_maps = (options.json_header_diff_map, options.json_header_diff_info) != (None, None)
     old = options.compat == "0.10"
+    is_stream = options.input == "-" and not options.image_opts
     has_format = options.format != "raw" or options.image_opts
     input_format = "--image-opts" if options.image_opts else f"--format {options.format}"
     contradictions = (
+        (is_stream and options.size is None,
+         "INPUT - is a stream, and the size of its disk must be known first; add --size"),
+        (not is_stream and options.size is not None,
+         "--size is for INPUT -, which can't be asked for its size; leave it out"),
+        (is_stream and (has_format or maps or has_external),
+         "INPUT - is raw data that is read once; leave --format, --image-opts, --data-file and "
+         "--json-header options out"),
+        (is_stream and options.diff is not None,
+         "INPUT - is read once, which leaves nothing to be copied after a comparison; use "
+         "--layout instead of --diff"),
+        (is_stream and options.layout == "-",
+         "standard input can't be both INPUT and the layout; put the layout into a file"),
+        (options.output is not None and not options.measure,
+         "--output says how --measure prints; add --measure"),
         (options.image_opts and options.format != "raw",
          "--image-opts names the format itself, as driver=…; leave --format out"),
         (options.image_opts and not re.search(r"(^|,)driver=", options.input),
@@ -2535,7 +2694,8 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
 
     ranges, info = read_known_disk(options.json_header_map, options.json_header_info, "")
     image = ImageName(options.input, options.format, options.image_opts)
-    disk = open_disk(image, resources, info and info.virtual_size, ranges)
+    limit = info.virtual_size if info else options.size
+    disk = open_disk(image, resources, limit, ranges)
     size = align_up(disk.size if info is None else info.virtual_size, SECTOR_SIZE)
     if align_up(disk.size, SECTOR_SIZE) < size:
         raise Error(
@@ -2562,6 +2722,8 @@ def open_disk(
     ranges: Optional[List[Range]],
 ) -> Source:
     """Open a disk of any format; size and ranges: see RawSource."""
+    if image.name == "-" and not image.is_options:
+        return RawSource(StreamFile(size or 0))
     if image.is_options or image.format != "raw":
         source = open_image(image, resources)
         if size is not None:
@@ -2575,7 +2737,7 @@ def open_disk(
 def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry) -> Iterable[Step]:
     """What is known of each cluster, or who finds out, as the options want it."""
     count, size = geometry.cluster_count, geometry.cluster_size
-    if options.data_file_raw:
+    if options.data_file_raw or (options.input == "-" and options.layout is None):
         return [Step(0, count, DATA)] if count else []
     overlay = options.backing_file is not None
     has_zero_flag = options.compat != "0.10"
@@ -2593,7 +2755,7 @@ def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry
             # No layout speaks of the zeros that fill the last sector; a longer backing file
             # has other bytes there.
             layout.data.append((sources.disk.size, geometry.virtual_size))
-        if options.trust_layout:
+        if options.trust_layout or options.input == "-":
             return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
         return layout_steps(sources.disk, layout, zeros, count, size)
     if sources.base is not None:
@@ -2625,10 +2787,10 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
     return header
 
 
-def run(options: argparse.Namespace, resources: contextlib.ExitStack) -> None:
+def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: "Progress") -> None:
     """Go through the rooms. Raises Error, ConsumerGone, Interrupted."""
     refuse_contradictions(options)
-    output = Output(1)
+    output = Output(1, is_text=options.measure)
     sources = open_sources(options, resources)
     disks = [sources.disk] + ([sources.base] if sources.base else [])
     output.refuse_if_among(file for disk in disks for file in disk.files)
@@ -2642,19 +2804,143 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack) -> None:
     for disk in disks:
         disk.expect_reads("RANDOM")  # heads of clusters are far from each other
     cluster_map = ClusterMap(geometry.cluster_count, geometry.table_entries)
+    size = geometry.virtual_size
+    progress.enter("scan", size, lambda: min(size, len(cluster_map) * cluster_size))
     fill_map(cluster_map, make_steps(options, sources, geometry), cluster_size, readers)
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
     has_data = header.data_file_name is None
     plan = make_plan(geometry, tables, cluster_map.data_clusters if has_data else 0)
+    plan.refuse_if_too_large()
     check_unchanged(disks)
+    if options.measure:
+        full = make_plan(geometry, geometry.l1_entries, has_data and geometry.cluster_count)
+        output.write(measurement(plan, full, options.output == "json"))
+        output.flush()
+        return
+    progress.enter("write", plan.file_size, lambda: output.written)
     write_image(output, plan, header, sources.disk, cluster_map, readers)
+    for file in sources.disk.files:
+        if isinstance(file, StreamFile):
+            file.expect_end()
+    output.finish()
     check_unchanged(disks)
+    progress.finish(size, min(size, cluster_map.data_clusters * cluster_size), plan.file_size)
+
+
+def measurement(plan: Plan, full: Plan, as_json: bool) -> bytes:
+    """The sizes that an image has now, and would have without a zero, as qemu-img prints them."""
+    if as_json:
+        sizes = {"required": plan.file_size, "fully-allocated": full.file_size}
+        return dump_json(sizes) + b"\n"
+    lines = f"required size: {plan.file_size}\nfully allocated size: {full.file_size}\n"
+    return lines.encode("ascii")
 
 
 def check_unchanged(disks: Iterable[Source]) -> None:
     """Raise Error if any of the disks is not what it was."""
     for disk in disks:
         disk.check_unchanged()
+
+
+class Progress:
+    """What is said on stderr while the program works, and after it.
+
+    A timer's signal asks for it, so that the loops that do the work need not, and so that
+    something is said even while a consumer keeps the program waiting. SIGUSR1 asks for a line
+    at any time, as it does of dd.
+    """
+
+    def __init__(self) -> None:
+        self._phase = "starting"
+        self._total = 0
+        self._done = lambda: 0  # type: Callable[[], int]
+        self._began = self._entered = time.monotonic()
+        self._is_on = False
+        self._is_terminal = False
+        self._is_drawn = False
+
+    def catch_signal(self) -> None:
+        """Answer SIGUSR1, unless it is ignored."""
+        if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+            signal.signal(signal.SIGUSR1, lambda _signum, _frame: self._print())
+
+    def turn_on(self) -> None:
+        """Say something every so often: redrawn on a terminal, a line into anything else."""
+        with contextlib.suppress(OSError):
+            self._is_terminal = os.isatty(2)
+        self._is_on = True
+        interval = TERMINAL_INTERVAL if self._is_terminal else LOG_INTERVAL
+        signal.signal(signal.SIGALRM, lambda _signum, _frame: self._draw())
+        signal.setitimer(signal.ITIMER_REAL, interval, interval)
+
+    def turn_off(self) -> None:
+        """Say no more; what was drawn on a terminal stays as a line."""
+        if self._is_on:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._is_on = False
+        if self._is_drawn:
+            report("")
+            self._is_drawn = False
+
+    def enter(self, phase: str, total: int, done: Callable[[], int]) -> None:
+        """Begin a phase of `total` bytes, of which done() tells how many are behind."""
+        self._phase, self._total, self._done = phase, total, done
+        self._entered = time.monotonic()
+
+    def line(self) -> str:
+        """Phase, per cent, bytes, rate and time left, in less than a terminal's width."""
+        done, seconds = self._done(), time.monotonic() - self._entered
+        rate = done / seconds if seconds else 0.0
+        share = 100 * done // self._total if self._total else 100
+        left = duration((self._total - done) / rate) if rate else "?"
+        return (
+            f"{self._phase:5} {share:3}%  {human(done)} of {human(self._total)}  "
+            f"{human(rate)}/s  {left} left"
+        )
+
+    def _print(self) -> None:
+        self._is_drawn = False
+        report(("\r\x1b[K" if self._is_terminal and self._is_on else "") + self.line())
+
+    def _draw(self) -> None:
+        if self._is_terminal:
+            self._is_drawn = True
+            report("\r\x1b[K" + self.line(), end="")
+        else:
+            self._print()
+
+    def finish(self, size: int, data: int, written: int) -> None:
+        """Sum up, all in bytes: the disk's size, its data, the image."""
+        if not self._is_on:
+            return
+        seconds = time.monotonic() - self._began
+        rate = written / seconds if seconds else 0.0
+        start = "\r\x1b[K" if self._is_drawn else ""
+        self._is_drawn = False
+        self.turn_off()
+        report(
+            f"{start}disk {human(size)}: {human(data)} data, {human(size - data)} zeros or "
+            f"unchanged; image {human(written)} in {duration(seconds)} ({human(rate)}/s)"
+        )
+
+
+TERMINAL_INTERVAL, LOG_INTERVAL = 0.2, 5.0  # seconds between two drawings
+
+
+def human(count: float) -> str:
+    """A number of bytes for people: three digits and a unit."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class Interrupted(BaseException):
@@ -2684,10 +2970,10 @@ def end_by_signal(signum: int) -> int:
     return 128 + signum
 
 
-def report(message: str) -> None:
+def report(message: str, end: str = "\n") -> None:
     """Write a message to stderr. Whatever becomes of it, the exit status tells the outcome."""
     with contextlib.suppress(OSError):
-        os.write(2, (message + "\n").encode("utf-8", "surrogateescape"))
+        os.write(2, (message + end).encode("utf-8", "surrogateescape"))
 
 
 def open_standard_descriptors() -> None:
@@ -2704,11 +2990,19 @@ def open_standard_descriptors() -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program. Returns its exit status, or ends by a signal."""
+    progress = Progress()
     try:
+        open_standard_descriptors()
         catch_signals()
         options = make_parser().parse_args(argv)
-        with contextlib.ExitStack() as resources:
-            run(options, resources)
+        progress.catch_signal()
+        if options.progress:
+            progress.turn_on()
+        try:
+            with contextlib.ExitStack() as resources:
+                run(options, resources, progress)
+        finally:
+            progress.turn_off()
         return 0
     except Error as error:
         report(f"{PROGRAM}: error: {error}")

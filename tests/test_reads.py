@@ -1,0 +1,191 @@
+"""How much is read, and by whom: counts, not seconds."""
+
+import hashlib
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Callable, List
+
+import pytest
+from support.disks import Recipe, noise, write_disk
+from support.fuse import FuseDisk
+from support.program import TIMEOUT, assert_failed, command, run, start, stream
+
+MIB = 1 << 20
+
+
+def bytes_read(fuse: FuseDisk) -> int:
+    return sum(length for _, length in fuse.reads())
+
+
+@pytest.fixture
+def counted(fuse_disk: Callable[..., FuseDisk]) -> Callable[[Path], FuseDisk]:
+    """A disk that sees every read: nothing is cached."""
+    return lambda path: fuse_disk(path, direct=True, count=True)
+
+
+def test_a_disk_full_of_data_is_read_little_more_than_once(
+    tmp_path: Path, counted: Callable[[Path], FuseDisk]
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 32 * MIB, [(0, noise(32 * MIB))])
+    disk = counted(raw)
+    image = stream(disk.path)
+    assert bytes_read(disk) <= 1.10 * 32 * MIB
+    assert image == stream(raw)
+
+
+def test_stored_zeros_are_read_once(tmp_path: Path, counted: Callable[[Path], FuseDisk]) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 32 * MIB, [(0, bytes(32 * MIB))])
+    disk = counted(raw)
+    stream(disk.path)
+    assert bytes_read(disk) <= 1.05 * 32 * MIB
+
+
+def test_a_mixed_disk_is_read_at_most_twice(
+    tmp_path: Path, counted: Callable[[Path], FuseDisk]
+) -> None:
+    recipe = Recipe(32 * MIB, [(0, "every65536", 16 * MIB), (20 * MIB, "noise", 4 * MIB)])
+    disk = counted(recipe.write(tmp_path / "disk.raw"))
+    stream(disk.path)
+    data = 12 * MIB
+    assert bytes_read(disk) <= 1.10 * (32 * MIB + data)
+
+
+def test_a_trusted_layout_is_read_once_and_a_raw_data_file_not_at_all(
+    tmp_path: Path, counted: Callable[[Path], FuseDisk]
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 16 * MIB, [(0, noise(16 * MIB))])
+    layout = b'[{"offset": 1048576, "length": 8388608}]'
+    disk = counted(raw)
+    stream(disk.path, "--layout", "-", "--trust-layout", stdin=layout)
+    assert bytes_read(disk) == 8 * MIB
+    disk = counted(raw)
+    stream(disk.path, "-R")
+    assert bytes_read(disk) == 0
+    disk = counted(raw)
+    stream(disk.path, "--layout", "-", stdin=layout)
+    assert bytes_read(disk) <= 1.10 * 8 * MIB
+
+
+def test_holes_are_not_read_in_any_mode(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 512 * MIB, [(MIB, noise(MIB)), (300 * MIB, noise(MIB))])
+    base = write_disk(tmp_path / "base.raw", 512 * MIB, [(MIB, noise(MIB))])
+    for options in ([], ["--diff", str(base)], ["-c", "512"]):
+        log = tmp_path / "trace"
+        words = [str(word) for word in command(raw, *options)]
+        subprocess.run(
+            ["strace", "-f", "-e", "pread64,preadv,preadv2,sendfile", "-o", str(log), *words],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        counts = [line.rsplit("=", 1)[1] for line in log.read_text().splitlines() if "= " in line]
+        read = sum(int(count) for count in counts if count.strip().isdigit())
+        assert read < 8 * MIB
+
+
+DISKS = {
+    "dense": Recipe(24 * MIB + 7, [(0, "noise", 24 * MIB + 7)]),
+    "zeros": Recipe(24 * MIB, [(0, "zeros", 24 * MIB), (20 * MIB, "last", 70_000)]),
+    "mixed": Recipe(24 * MIB, [(0, "every65536", 8 * MIB), (9 * MIB, "every4096", 8 * MIB)]),
+}
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_the_same_bytes_from_any_number_of_readers(tmp_path: Path, disk: str) -> None:
+    raw = DISKS[disk].write(tmp_path / "disk.raw")
+    base = DISKS["mixed"].write(tmp_path / "base.raw")
+    for options in ([], ["--diff", str(base)], ["-c", "512"], ["-c", "2M"]):
+        images = [stream(raw, "-m", str(count), *options) for count in (1, 2, 4, 16)]
+        assert len({hashlib.sha256(image).hexdigest() for image in images}) == 1
+
+
+def test_the_same_bytes_from_a_far_source(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    raw = Recipe(24 * MIB + 7, [(0, "noise", 9 * MIB), (12 * MIB, "every4096", 9 * MIB)]).write(
+        tmp_path / "disk.raw"
+    )
+    far = fuse_disk(raw, latency=0.002)
+    for count in (1, 4):
+        assert stream(far.path, "-m", str(count)) == stream(raw)
+
+
+def test_short_reads_are_read_to_their_end(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    raw = Recipe(3 * MIB, [(0, "every4096", 2 * MIB)]).write(tmp_path / "disk.raw")
+    disk = fuse_disk(raw, short=5000, direct=True)
+    assert stream(disk.path) == stream(raw)
+    assert stream(disk.path, "--diff", disk.path) == stream(raw, "--diff", raw)
+
+
+@pytest.mark.parametrize("readers", ["1", "4"])
+def test_a_read_error_ends_it_promptly_with_the_offset(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], readers: str
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 64 * MIB, [(0, bytes(64 * MIB))])
+    bad = 9 * MIB
+    disk = fuse_disk(raw, error_at=bad, direct=True, count=True)
+    result = run(disk.path, "-m", readers)
+    assert result.stdout == b""
+    assert_failed(result, "cannot read", "Input/output error")
+    offset = int(result.stderr.split("at offset ")[1].split(":")[0])
+    assert offset <= bad < offset + 4 * MIB
+    assert bytes_read(disk) < 48 * MIB
+
+
+def test_an_interrupt_ends_it_while_readers_wait(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 64 * MIB, [(0, bytes(64 * MIB))])
+    program = start(fuse_disk(raw, latency=1.0, direct=True).path)
+    time.sleep(2.5)
+    program.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert program.wait(TIMEOUT) == -signal.SIGTERM
+    assert time.monotonic() - began < 30
+    program.communicate()
+
+
+def peak_memory(*arguments: str) -> int:
+    """Peak RSS in bytes of a run whose image nobody keeps."""
+    words: List[str] = [str(word) for word in command(*arguments)]
+    code = "import resource, subprocess, sys\n" \
+           "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n" \
+           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"  # fmt: skip
+    return int(subprocess.check_output(["python3", "-c", code, *words], timeout=TIMEOUT))
+
+
+def test_memory_is_bounded_on_a_worst_case_map(tmp_path: Path) -> None:
+    small = write_disk(tmp_path / "small.raw", 512)
+    raw = Recipe(256 * MIB, [(0, "every512", 256 * MIB)]).write(tmp_path / "disk.raw")
+    clusters = 256 * MIB // 512
+    grown = peak_memory(str(raw), "-c", "512") - peak_memory(str(small), "-c", "512")
+    assert grown < 12 * MIB + clusters  # buffers, and less than a byte for each cluster
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    few = write_disk(tmp_path / "few.raw", 256 * MIB, [(0, noise(MIB))])
+    much = write_disk(tmp_path / "much.raw", 256 * MIB, [(0, noise(MIB) * 256)])
+    assert peak_memory(str(much)) - peak_memory(str(few)) < 8 * MIB
+
+
+def test_a_system_that_starts_no_thread(tmp_path: Path) -> None:
+    raw = DISKS["zeros"].write(tmp_path / "disk.raw")
+    script = (
+        "import runpy, sys, threading\n"
+        'def refuse(self): raise RuntimeError("can\'t start new thread")\n'
+        "threading.Thread.start = refuse\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    program, *arguments = command(raw)
+    done = subprocess.run(
+        [str(program), "-c", script, *[str(word) for word in arguments]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == stream(raw)
