@@ -59,7 +59,7 @@ def test_a_trusted_layout_is_read_once_and_a_raw_data_file_not_at_all(
     layout = b'[{"offset": 1048576, "length": 8388608}]'
     disk = counted(raw)
     stream(disk.path, "--layout", "-", "--trust-layout", stdin=layout)
-    assert bytes_read(disk) == 8 * MIB
+    assert 8 * MIB <= bytes_read(disk) <= 1.05 * 8 * MIB
     disk = counted(raw)
     stream(disk.path, "-R")
     assert bytes_read(disk) == 0
@@ -111,13 +111,32 @@ def test_the_same_bytes_from_a_far_source(
         assert stream(far.path, "-m", str(count)) == stream(raw)
 
 
-def test_short_reads_are_read_to_their_end(
-    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
-) -> None:
+SHORT = """
+import os, runpy, sys
+
+def shortened(call):
+    def short(fd, buffers, *rest):
+        return call(fd, [memoryview(buffers[0])[:5000]], *rest)
+    return short
+
+pread, sendfile = os.pread, os.sendfile
+os.pread = lambda fd, length, offset: pread(fd, min(length, 5000), offset)
+os.sendfile = lambda out, fd, offset, count: sendfile(out, fd, offset, min(count, 5000))
+if hasattr(os, "preadv"):
+    os.preadv = shortened(os.preadv)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_short_reads_are_read_to_their_end(tmp_path: Path) -> None:
+    # A FUSE file can't show this: the kernel takes a short answer for the file's end.
     raw = Recipe(3 * MIB, [(0, "every4096", 2 * MIB)]).write(tmp_path / "disk.raw")
-    disk = fuse_disk(raw, short=5000, direct=True)
-    assert stream(disk.path) == stream(raw)
-    assert stream(disk.path, "--diff", disk.path) == stream(raw, "--diff", raw)
+    base = Recipe(3 * MIB, [(0, "every65536", 2 * MIB)]).write(tmp_path / "base.raw")
+    for options in ([], ["-c", "2M"], ["--diff", str(base)]):
+        python, *words = [str(word) for word in command(raw, *options)]
+        done = subprocess.run([python, "-c", SHORT, *words], stdout=subprocess.PIPE, check=True)
+        assert done.stdout == stream(raw, *options)
 
 
 @pytest.mark.parametrize("readers", ["1", "4"])

@@ -152,15 +152,16 @@ def test_a_refcount_table_over_8_mib() -> None:
     plan = qcow2_to_stdout.make_plan(geometry, 0, most)
     assert (plan.refcount_blocks, plan.refcount_table_clusters) == (blocks, table)
     assert plan.file_size == 32 << 30
+    plan.refuse_if_too_large()
     with pytest.raises(qcow2_to_stdout.Error, match=r"8 MiB.*--cluster-size"):
-        qcow2_to_stdout.make_plan(geometry, 0, most + 1)
+        qcow2_to_stdout.make_plan(geometry, 0, most + 1).refuse_if_too_large()
 
 
 def test_host_offsets_past_2_to_the_56() -> None:
     geometry = qcow2_to_stdout.Geometry(1 << 57, 2 << 20, 1)
-    qcow2_to_stdout.make_plan(geometry, 0, (1 << 35) - (1 << 20))
+    qcow2_to_stdout.make_plan(geometry, 0, (1 << 35) - (1 << 20)).refuse_if_too_large()
     with pytest.raises(qcow2_to_stdout.Error, match="2\\^56"):
-        qcow2_to_stdout.make_plan(geometry, 0, 1 << 35)
+        qcow2_to_stdout.make_plan(geometry, 0, 1 << 35).refuse_if_too_large()
 
 
 @pytest.mark.parametrize("option", ["-d", "-R"])

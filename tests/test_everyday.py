@@ -1,0 +1,390 @@
+"""The hundredth use: the size beforehand, progress, standard input, a copy of one file."""
+
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, List
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.disks import Recipe, noise, padded, recipes, write_disk
+from support.fuse import FuseDisk
+from support.importer import read_image
+from support.program import (
+    PROGRAM,
+    ROOT,
+    TIMEOUT,
+    assert_failed,
+    assert_refused,
+    command,
+    run,
+    start,
+    stream,
+)
+
+MIB = 1 << 20
+
+
+# --measure
+
+
+@settings(max_examples=60)
+@given(
+    recipe=recipes(max_size=2 * MIB),
+    cluster_size=st.sampled_from(["512", "1K", "4K", "64K", "2M"]),
+    refcount_bits=st.sampled_from(["1", "4", "16", "64"]),
+    mode=st.sampled_from(["full", "diff", "overlay", "layout", "trust", "0.10", "-d", "-R"]),
+)
+def test_the_measure_is_the_streams_size_to_the_byte(
+    recipe: Recipe, cluster_size: str, refcount_bits: str, mode: str
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe.write(folder / "disk.raw")
+        write_disk(folder / "base.raw", MIB, [(0, noise(MIB))])
+        (folder / "layout").write_text(json.dumps([{"offset": 0, "length": recipe.size // 2}]))
+        if mode in ("overlay", "-d", "-R") and cluster_size == "512":
+            cluster_size = "1K"
+        options: List[str] = {
+            "full": [],
+            "diff": ["--diff", "base.raw"],
+            "overlay": ["--diff", "base.raw", "-b", "base.raw", "-F", "raw"],
+            "layout": ["--layout", "layout"],
+            "trust": ["--layout", "layout", "--trust-layout"],
+            "0.10": ["--compat", "0.10"],
+        }.get(mode, [mode])
+        width = [] if mode == "0.10" else ["-r", refcount_bits]
+        words = ["disk.raw", "-c", cluster_size, *width, *options]
+        image = stream(*words, cwd=folder)
+        sizes = json.loads(stream(*words, "--measure", "--output", "json", cwd=folder))
+        assert sizes["required"] == len(image)
+        assert sizes["fully-allocated"] >= sizes["required"]
+        if mode == "full":
+            write_disk(folder / "disk.raw", recipe.size, [(0, b"\1" * recipe.size)])
+            full = stream("disk.raw", "-c", cluster_size, *width, cwd=folder)
+            assert sizes["fully-allocated"] == len(full)
+
+
+def test_measure_prints_what_qemu_img_measure_prints(tmp_path: Path) -> None:
+    raw = Recipe(9 * MIB, [(0, "noise", 3 * MIB)]).write(tmp_path / "disk.raw")
+    theirs = subprocess.check_output(
+        ["qemu-img", "measure", "--output=json", "-f", "raw", "-O", "qcow2", str(raw)]
+    )
+    ours = stream(raw, "--measure", "--output=json")
+    assert set(json.loads(ours)) == set(json.loads(theirs))
+    human = stream(raw, "--measure").decode()
+    lines = re.fullmatch(r"required size: (\d+)\nfully allocated size: (\d+)\n", human)
+    assert lines
+    assert int(lines.group(1)) == json.loads(ours)["required"] == len(stream(raw))
+
+
+def test_measure_of_another_format_and_on_a_terminal(tmp_path: Path) -> None:
+    raw = Recipe(4 * MIB, [(0, "noise", MIB)]).write(tmp_path / "disk.raw")
+    image = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, image], check=True)
+    assert stream("-f", "qcow2", image, "--measure") == stream(raw, "--measure")
+    leader, follower = pty.openpty()
+    try:
+        done = subprocess.run(command(raw, "--measure"), stdout=follower, check=False)
+        assert done.returncode == 0
+        assert os.read(leader, 1000).startswith(b"required size: ")
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+def test_output_needs_measure(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 512)
+    assert_refused(run(raw, "--output", "json"), "--measure")
+
+
+# Progress
+
+
+@pytest.fixture
+def slow(tmp_path: Path, fuse_disk: Callable[..., FuseDisk]) -> Path:
+    """A disk that takes some seconds to scan."""
+    raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
+    return fuse_disk(raw, latency=0.1, direct=True).path
+
+
+def on_a_terminal(words: List[Any]) -> str:
+    """All that a program draws on a terminal that is its stderr."""
+    leader, follower = pty.openpty()
+    drawn = b""
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=follower) as program:
+        os.close(follower)
+        while True:
+            try:
+                data = os.read(leader, 4096)
+            except OSError:  # the last writer is gone
+                break
+            drawn += data
+        assert program.wait(TIMEOUT) == 0
+    os.close(leader)
+    return drawn.decode()
+
+
+LINE = (
+    r"(starting|scan |write)\s+\d+%  [\d.]+ \w+ of [\d.]+ \w+  [\d.]+ \w+/s  "
+    r"(\d+:)?(\d+:\d\d|\?) left"
+)
+SUMMARY = (
+    r"disk [\d.]+ \w+: [\d.]+ \w+ data, [\d.]+ \w+ zeros or unchanged; image [\d.]+ \w+ in .*/s\)"
+)
+
+
+def test_progress_is_redrawn_on_a_terminal(slow: Path) -> None:
+    drawn = on_a_terminal(command(slow, "-p"))
+    pictures = [text.strip() for text in drawn.split("\r\x1b[K") if text.strip()]
+    assert len(pictures) > 3
+    assert all(re.fullmatch(LINE, text) for text in pictures[:-1]), pictures
+    assert re.fullmatch(SUMMARY, pictures[-1])
+    assert drawn.count("\n") == 1, "one line stays"
+    assert max(map(len, pictures[:-1])) < 80
+    assert any(text.startswith("scan") for text in pictures)
+    assert any(text.startswith("write") for text in pictures)
+
+
+def test_progress_in_a_log_is_lines(tmp_path: Path) -> None:
+    raw = Recipe(4 * MIB, [(0, "noise", MIB), (2 * MIB, "zeros", MIB)]).write(tmp_path / "d")
+    result = run(raw, "-p")
+    assert result.status == 0
+    assert result.stdout == stream(raw)
+    assert re.fullmatch(SUMMARY + r"\n", result.stderr)
+    assert "disk 4 MiB: 1 MiB data, 3 MiB zeros" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["-p"]])
+def test_sigusr1_prints_one_line_in_both_phases(slow: Path, options: List[str]) -> None:
+    program = start(slow, *options, bufsize=0)
+    time.sleep(0.5)
+    program.send_signal(signal.SIGUSR1)
+    scan = program.stderr.readline().decode()
+    assert re.fullmatch(LINE + r"\n", scan), scan
+    assert scan.startswith("scan")
+    head = program.stdout.read(1)
+    program.send_signal(signal.SIGUSR1)
+    write = program.stderr.readline().decode()
+    assert write.startswith("write"), write
+    image = head + program.stdout.read()
+    assert program.wait(TIMEOUT) == 0
+    assert len(read_image(io.BytesIO(image)).data) == 64
+    rest = program.stderr.read().decode()
+    assert bool(rest) == bool(options)
+    program.stdout.close()
+    program.stderr.close()
+
+
+def test_without_progress_nothing_is_printed(tmp_path: Path) -> None:
+    raw = Recipe(4 * MIB, [(0, "noise", MIB)]).write(tmp_path / "disk.raw")
+    assert run(raw).stderr == ""
+
+
+def test_an_error_after_progress_stands_on_its_own_line(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
+    disk = fuse_disk(raw, latency=0.1, direct=True, error_at=3 * MIB)
+    leader, follower = pty.openpty()
+    program = subprocess.Popen(command(disk.path, "-p"), stdout=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    drawn = b""
+    while True:
+        try:
+            drawn += os.read(leader, 4096)
+        except OSError:  # the last writer is gone
+            break
+    os.close(leader)
+    assert program.wait(TIMEOUT) == 1
+    assert drawn.decode().splitlines()[-1].startswith("qcow2_to_stdout.py: error: cannot read")
+
+
+# Standard input
+
+
+@settings(max_examples=40)
+@given(
+    recipe=recipes(max_size=MIB),
+    bite=st.sampled_from([1, 511, 4097, 65536, 1 << 20]),
+    cluster_size=st.sampled_from(["512", "64K", "2M"]),
+    form=st.sampled_from(["none", "plain", "rbd", "map", "bitmap"]),
+)
+def test_a_stream_of_odd_pieces(recipe: Recipe, bite: int, cluster_size: str, form: str) -> None:
+    if bite == 1:
+        recipe = recipe._replace(size=min(recipe.size, 5000))
+    with tempfile.TemporaryDirectory() as name:
+        content = recipe.write(Path(name) / "disk.raw").read_bytes()
+        layout = Path(name) / "layout"
+        start_at, length = recipe.size // 3, recipe.size // 3
+        entry = {
+            "plain": {"offset": start_at, "length": length},
+            "rbd": {"offset": start_at, "length": length, "exists": "true"},
+            "map": {"start": start_at, "length": length, "depth": 0, "zero": False, "data": True},
+            "bitmap": {"offset": start_at, "length": length, "type": 1, "description": "dirty"},
+        }.get(form)
+        layout.write_text(json.dumps([entry] if length else []))
+        options = ["--layout", str(layout)] if entry else []
+        words = ["-", "--size", str(recipe.size), "-c", cluster_size, *options]
+        program = start(*words, stdin=subprocess.PIPE, bufsize=0, stdout=subprocess.PIPE)
+        feeder = subprocess.Popen(
+            [sys.executable, "-c", FEED, str(Path(name) / "disk.raw"), str(bite)],
+            stdout=program.stdin,
+        )
+        program.stdin.close()
+        image = b"".join(iter(lambda: program.stdout.read(1 << 16), b""))
+        stderr = program.stderr.read().decode()
+        assert (program.wait(TIMEOUT), stderr, feeder.wait(TIMEOUT)) == (0, "", 0)
+        program.stdout.close()
+        program.stderr.close()
+        parsed = read_image(io.BytesIO(image))
+        size = parsed.cluster_size
+        if entry:
+            touched = range(start_at // size, -(-(start_at + length) // size)) if length else []
+            assert list(parsed.data) == list(touched)
+            for index, cluster in parsed.data.items():
+                here = content[index * size : (index + 1) * size]
+                assert cluster == here.ljust(size, b"\0")
+        else:
+            assert len(parsed.data) == -(-recipe.size // size), "every cluster is allocated"
+            assert parsed.over() == padded(content)
+        assert json.loads(stream(*words, "--measure", "--output", "json"))["required"] == len(image)
+
+
+FEED = """
+import os, sys
+with open(sys.argv[1], "rb") as disk:
+    while True:
+        data = disk.read(int(sys.argv[2]))
+        if not data:
+            break
+        os.write(1, data)
+"""
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 100_000, 3 * MIB])
+@pytest.mark.parametrize("off", [-1, 1, 70_000])
+def test_input_shorter_or_longer_than_its_size(size: int, off: int) -> None:
+    if size + off < 0:
+        return
+    result = run("-", "--size", str(size), stdin=noise(size + off))
+    words = "goes on after" if off > 0 else "ended after"
+    assert_failed(result, "standard input", words, str(size))
+
+
+def test_a_layout_does_not_hide_a_wrong_size(tmp_path: Path) -> None:
+    (tmp_path / "layout").write_text('[{"offset": 0, "length": 4096}]')
+    for given_size in (99_999, 100_001):
+        result = run("-", "--size", str(given_size), "--layout", tmp_path / "layout",
+                     stdin=noise(100_000))  # fmt: skip
+        assert_failed(result, "standard input")
+
+
+def test_input_from_a_file_and_with_suffixes(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 2 * MIB, [(0, noise(2 * MIB))])
+    with open(raw, "rb") as file:
+        done = subprocess.run(
+            command("-", "--size", "2M"), stdin=file, stdout=subprocess.PIPE, check=True
+        )
+    assert done.stdout == stream(raw)
+
+
+STREAM_MISUSE = [
+    (["-"], "--size"),
+    (["disk.raw", "--size", "1M"], "--size"),
+    (["-", "--size", "1M", "--diff", "disk.raw"], "--diff"),
+    (["-", "--size", "1M", "--layout", "-"], "both"),
+    (["-", "--size", "1M", "-f", "qcow2"], "--format"),
+    (["-", "--size", "1M", "-d"], "--data-file"),
+    (["-", "--size", "1M", "-R"], "--data-file"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), STREAM_MISUSE, ids=str)
+def test_what_a_stream_cannot_be(tmp_path: Path, words: List[str], reason: str) -> None:
+    write_disk(tmp_path / "disk.raw", MIB)
+    assert_refused(run(*words, cwd=tmp_path), reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("1X", "bytes"), ("100GB", "leave the B out"), ("-1", "--size"), ("", "")]
+)
+def test_sizes_that_are_none(text: str, hint: str) -> None:
+    result = run("-", f"--size={text}")
+    assert result.status == 2
+    assert hint in result.stderr
+
+
+# Help, packaging, copies
+
+
+def test_help_fits_two_screens() -> None:
+    text = run("--help", env={**os.environ, "COLUMNS": "80"}).stdout.decode()
+    assert len(text.splitlines()) <= 80
+    for title in ("what to read", "what to export", "what to write", "how to run"):
+        assert title in text
+
+
+def test_a_copy_that_is_piped_to_another_host(tmp_path: Path) -> None:
+    raw = Recipe(2 * MIB, [(0, "noise", MIB)]).write(tmp_path / "disk.raw")
+    with open(PROGRAM, "rb") as script:  # ssh host python3 - /dev/vg/vm < qcow2_to_stdout.py
+        done = subprocess.run(
+            [sys.executable, "-", str(raw)],
+            stdin=script,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            check=True,
+        )
+    assert done.stdout == stream(raw)
+
+
+def test_the_copied_file_works_alone(tmp_path: Path) -> None:
+    raw = Recipe(2 * MIB, [(0, "noise", MIB)]).write(tmp_path / "disk.raw")
+    copy = tmp_path / "elsewhere"
+    shutil.copy(PROGRAM, copy)
+    for flags in ([], ["-I"], ["-S"], ["-O"], ["-W", "error"], ["-X", "dev"]):
+        done = subprocess.run(
+            [sys.executable, *flags, str(copy), str(raw)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), flags
+        assert done.stdout == stream(raw)
+
+
+@pytest.mark.xdist_group("packaging")
+def test_the_wheel(tmp_path: Path) -> None:
+    """python -m build, twine check, pip install: the one module and its command."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("qcow2_to_stdout.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    python = sys.executable
+    subprocess.run([python, "-m", "build", "--no-isolation", str(source)], check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+    built = sorted((source / "dist").iterdir())
+    subprocess.run([python, "-m", "twine", "check", "--strict", *map(str, built)], check=True)
+    (wheel,) = [path for path in built if path.suffix == ".whl"]
+    target = tmp_path / "venv"
+    subprocess.run([python, "-m", "venv", str(target)], check=True)
+    pip = [str(target / "bin" / "pip"), "install", "-q", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True)
+    raw = Recipe(2 * MIB, [(0, "noise", MIB)]).write(tmp_path / "disk.raw")
+    installed = target / "bin" / "qcow2-to-stdout"
+    assert subprocess.check_output([installed, raw]) == stream(raw)
+    files = subprocess.check_output([python, "-m", "zipfile", "-l", str(wheel)], text=True)
+    modules = [
+        line.split()[0] for line in files.splitlines() if line.endswith("py") or ".py " in line
+    ]
+    assert modules == ["qcow2_to_stdout.py"]

@@ -1,0 +1,404 @@
+"""The fault bench: for every fault of a disk, a kernel, a pipe or an operator, what happens.
+
+Either the image is exact and the exit status 0, or the status is not 0 and one line says why.
+The README's table of guarantees names these tests.
+"""
+
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from conftest import needs
+from support.disks import Recipe, noise, write_disk
+from support.fuse import FuseDisk
+from support.program import (
+    PROGRAM,
+    PYTHON,
+    TIMEOUT,
+    Result,
+    assert_failed,
+    command,
+    run,
+    start,
+    stream,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return Recipe(6 * MIB, [(0, "noise", 3 * MIB), (4 * MIB, "every4096", 2 * MIB)]).write(
+        tmp_path / "disk.raw"
+    )
+
+
+def finish(program: Any) -> Result:
+    stdout, stderr = program.communicate(timeout=TIMEOUT)
+    return Result(program.returncode, stdout or b"", stderr.decode())
+
+
+def assert_exact_or_failed(result: Result, expected: bytes) -> None:
+    """What the whole bench is about."""
+    if result.status == 0:
+        assert result.stdout == expected
+        assert result.stderr == ""
+    elif result.status > 0:
+        assert_failed(result)
+    assert "Traceback" not in result.stderr
+
+
+# Sources
+
+
+@pytest.mark.parametrize("phase", ["scan", "copy"])
+def test_eio_from_a_remote_disk(tmp_path: Path, phase: str) -> None:
+    needs(shutil.which("nbdkit") is not None, "nbdkit")
+    raw = write_disk(tmp_path / "disk.raw", 8 * MIB, [(0, noise(8 * MIB))])
+    address, trigger = tmp_path / "nbd", tmp_path / "trigger"
+    if phase == "scan":
+        trigger.touch()
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-r", "-U", str(address), "--filter=error", "file", str(raw),
+         "error-pread-rate=100%", f"error-file={trigger}", "error=EIO"],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not address.exists():
+            time.sleep(0.02)
+        name = f"driver=nbd,server.type=unix,server.path={address}"
+        program = start("--image-opts", name)
+        if phase == "copy":
+            program.stdout.read(100_000)
+            trigger.touch()
+        result = finish(program)
+        assert_failed(result, "cannot read", "Input/output error")
+        assert (phase == "copy") or not result.stdout
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_source_whose_server_is_killed(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 32 * MIB, [(0, noise(32 * MIB))])
+    source = fuse_disk(raw, direct=True)
+    program = start(source.path)
+    program.stdout.read(100_000)
+    source.kill()
+    assert_failed(finish(program), "cannot read")
+
+
+def test_a_storm_of_signals_that_interrupt_system_calls(disk: Path, tmp_path: Path) -> None:
+    expected = stream(disk)
+    with open(tmp_path / "image", "wb") as out, open(tmp_path / "log", "wb") as log:
+        program = start(disk, stdout=subprocess.PIPE, stderr=log, bufsize=0)
+        head = program.stdout.read(1)
+        taken = [head]
+        for _ in range(200):
+            program.send_signal(signal.SIGUSR1)
+            taken.append(program.stdout.read(20_000))
+        taken += iter(lambda: program.stdout.read(1 << 16), b"")
+        assert program.wait(TIMEOUT) == 0
+        program.stdout.close()
+        out.write(b"".join(taken))
+    assert (tmp_path / "image").read_bytes() == expected
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_device_that_grows(tmp_path: Path, loop_device: Callable[..., str]) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
+    device = loop_device(raw)
+    program = start(device)
+    program.stdout.read(100_000)
+    os.truncate(raw, 5 * MIB)
+    subprocess.run(["losetup", "--set-capacity", device], check=True)
+    assert_failed(finish(program), device, "4194304 to 5242880")
+
+
+@pytest.mark.parametrize("change", ["truncate", "extend", "overwrite", "punch", "touch"])
+@pytest.mark.parametrize("at", [1, 100_000, 2 * MIB])
+def test_a_file_that_is_changed_while_it_streams(disk: Path, change: str, at: int) -> None:
+    program = start(disk, bufsize=0)
+    taken = 0
+    while taken < at:
+        taken += len(program.stdout.read(at - taken))
+    if change == "truncate":
+        os.truncate(disk, 5 * MIB)
+    elif change == "extend":
+        os.truncate(disk, 7 * MIB)
+    elif change == "punch":
+        subprocess.run(["fallocate", "-p", "-o", "0", "-l", "65536", str(disk)], check=True)
+    elif change == "touch":
+        os.utime(disk)
+    else:
+        with open(disk, "r+b") as file:
+            file.write(b"!")
+    assert_failed(finish(program), "disk.raw", "snapshot")
+
+
+def test_a_file_that_is_replaced_is_read_to_its_end(disk: Path, tmp_path: Path) -> None:
+    expected = stream(disk)
+    program = start(disk, bufsize=0)
+    head = program.stdout.read(1)
+    other = write_disk(tmp_path / "other", 6 * MIB, [(0, noise(6 * MIB, 9))])
+    os.rename(other, disk)  # the open file is still the old one
+    image = head + b"".join(iter(lambda: program.stdout.read(1 << 16), b""))
+    assert finish(program).status == 0
+    assert image == expected
+
+
+@pytest.mark.parametrize("sectors", [1, 255, 1025])
+def test_a_device_with_sectors_of_4_kib(
+    tmp_path: Path, loop_device: Callable[..., str], sectors: int
+) -> None:
+    size = sectors * 4096
+    raw = write_disk(tmp_path / "disk.raw", size, [(0, noise(size // 2)), (size - 1, b"z")])
+    device = loop_device(raw, "--sector-size", "4096", "--direct-io=on")
+    assert stream(device) == stream(raw)
+
+
+def test_a_deleted_file(disk: Path) -> None:
+    expected = stream(disk)
+    program = start(disk, bufsize=0)
+    head = program.stdout.read(1)
+    disk.unlink()
+    image = head + b"".join(iter(lambda: program.stdout.read(1 << 16), b""))
+    assert finish(program).status == 0
+    assert image == expected
+
+
+# Outputs
+
+
+def interesting_bytes() -> List[int]:
+    """Inside the header, at every part's edges, in the first and the last data cluster."""
+    cluster = 65536
+    parts = [0, 1, 2, 3, 4, 5]  # header, refcount table, refcount block, L1, L2, data
+    edges = {part * cluster + off for part in parts for off in (-1, 0, 1)}
+    return sorted(edge for edge in edges | {4, 72, 112, 504, 5 * cluster + 100} if edge >= 0)
+
+
+@pytest.mark.parametrize("at", interesting_bytes())
+def test_a_reader_that_closes_at_an_interesting_byte(disk: Path, at: int) -> None:
+    program = start(disk, bufsize=0)
+    taken = 0
+    while taken < at:
+        taken += len(program.stdout.read(at - taken))
+    program.stdout.close()
+    assert program.wait(TIMEOUT) == -signal.SIGPIPE
+    assert program.stderr.read() == b""
+    program.stderr.close()
+
+
+@pytest.mark.parametrize("missing", [1, 65536, 500_000])
+def test_a_reader_that_closes_before_the_end(disk: Path, missing: int) -> None:
+    """Even when all that is missing has been in the pipe already."""
+    image = stream(disk)
+    program = start(disk, bufsize=0)
+    left = len(image) - missing
+    while left:
+        left -= len(program.stdout.read(left))
+    time.sleep(0.2)  # all of it is written by now
+    program.stdout.close()
+    assert program.wait(TIMEOUT) == -signal.SIGPIPE
+    program.stderr.close()
+
+
+def test_a_small_image_that_nobody_reads(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 512, [(0, b"x")])
+    program = start(raw)
+    program.stdout.close()
+    assert program.wait(TIMEOUT) == -signal.SIGPIPE
+    program.stderr.close()
+
+
+def test_a_pipe_whose_reader_comes_later_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 512, [(0, b"x")])
+    reader, writer = os.pipe()
+    subprocess.run(command(raw), stdout=writer, check=True, timeout=30)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert file.read() == stream(raw)
+
+
+@pytest.fixture
+def full_file_system(tmp_path: Path) -> Iterator[Path]:
+    needs(os.geteuid() == 0, "root, to mount a small file system")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_file_system(disk: Path, full_file_system: Path) -> None:
+    with open(full_file_system / "image", "wb") as out:
+        result = finish(start(disk, stdout=out))
+    assert_failed(result, "cannot write", "No space left on device", "after 1048576 bytes")
+
+
+def test_a_socket_that_its_peer_resets(disk: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    program = start(disk, stdout=client.fileno())
+    client.close()
+    peer.recv(1000)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    result = finish(program)
+    assert result.status in (1, -signal.SIGPIPE)
+    assert result.stderr.count("\n") == (1 if result.status == 1 else 0)
+
+
+def test_a_reader_that_dawdles(disk: Path) -> None:
+    expected = stream(disk)
+    program = start(disk, bufsize=0)
+    taken = []
+    for _ in range(5):
+        time.sleep(0.3)
+        taken.append(program.stdout.read(10_000))
+    taken += iter(lambda: program.stdout.read(1 << 20), b"")
+    assert b"".join(taken) == expected
+    assert finish(program).status == 0
+
+
+# The process
+
+
+def test_every_signal_at_random_moments(disk: Path) -> None:
+    dice = random.Random(4)
+    expected = stream(disk)
+    for turn in range(40):
+        signum = dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+        program = start(disk, *dice.choice([[], ["-p"], ["-m", "1"], ["-c", "512"]]))
+        threading.Timer(dice.random() * 0.25, program.send_signal, [signum]).start()
+        result = finish(program)
+        if result.status == 0:
+            assert len(result.stdout) >= len(expected) // 2, turn
+        else:
+            assert result.status == -signum, (turn, result)
+        if result.stdout:  # else Python itself may still have been starting
+            lines = [line for line in result.stderr.splitlines() if not line.startswith("disk ")]
+            assert all("%" in line or not line for line in lines), (turn, result.stderr)
+
+
+def test_stop_and_continue(disk: Path) -> None:
+    expected = stream(disk)
+    program = start(disk, bufsize=0)
+    head = program.stdout.read(1)
+    program.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    program.send_signal(signal.SIGCONT)
+    image = head + b"".join(iter(lambda: program.stdout.read(1 << 16), b""))
+    assert image == expected
+    assert finish(program).status == 0
+
+
+@pytest.mark.parametrize("closed", [c for n in range(4) for c in itertools.combinations("012", n)])
+def test_standard_descriptors_closed_in_every_combination(
+    disk: Path, closed: Any, tmp_path: Path
+) -> None:
+    shell = 'exec "$@" ' + " ".join(f"{fd}>&-" for fd in closed)
+    words = [str(word) for word in command(disk)]
+    done = subprocess.run(
+        ["bash", "-c", shell, "bash", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if "1" in closed:
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr.count(b"\n") == ("2" not in closed)
+    else:
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == stream(disk)
+
+
+@pytest.mark.parametrize("options", [[], ["-p"]])
+def test_a_full_stderr(disk: Path, options: List[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command(disk, *options), stdout=subprocess.PIPE, stderr=full, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, stream(disk))
+        done = subprocess.run(command(disk.with_name("none")), stderr=full, check=False)
+        assert done.returncode == 1
+        done = subprocess.run(command(disk, "-c", "7"), stderr=full, check=False)
+        assert done.returncode == 2
+
+
+@pytest.mark.parametrize("text", ["--help", "--version", "--measure"])
+def test_text_into_a_full_device(disk: Path, text: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command(disk, text), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("descriptors", [3, 4, 5, 6, 8])
+def test_few_descriptors(disk: Path, descriptors: int) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+    result = run(disk, preexec_fn=limit)
+    if "qcow2_to_stdout" in result.stderr:  # Python itself needs some to start
+        assert_exact_or_failed(result, stream(disk))
+
+
+@pytest.mark.parametrize("megabytes", [24, 32, 48, 64, 96, 256, 1024])
+def test_little_memory(disk: Path, megabytes: int) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes * MIB, megabytes * MIB))
+
+    result = run(disk, preexec_fn=limit)
+    if result.status == 0 or result.stderr.startswith("qcow2_to_stdout"):
+        assert_exact_or_failed(result, stream(disk))
+    else:  # Python itself did not get so far
+        assert result.stdout == b""
+
+
+def test_locale_c_and_names_that_are_no_text(disk: Path, tmp_path: Path) -> None:
+    expected = stream(disk)
+    env = {"LC_ALL": "C", "PATH": os.environ["PATH"], "PYTHONUTF8": "0"}
+    for name in ("Übung.raw", b"\xff\xfe.raw", "日本.raw"):
+        path = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
+        os.link(disk, path)
+        assert stream(path, env=env) == expected
+        missing = run(path + b"x", env=env)
+        assert_failed(missing, "No such file")
+
+
+def test_two_runs_on_one_source(disk: Path) -> None:
+    expected = stream(disk)
+    first, second = start(disk), start(disk)
+    assert finish(first).stdout == finish(second).stdout == expected
+
+
+def test_under_a_python_without_extras(disk: Path) -> None:
+    for flags in (["-I"], ["-S"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]):
+        done = subprocess.run(
+            [PYTHON, *flags, str(PROGRAM), str(disk)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), flags
+        assert done.stdout == stream(disk)
