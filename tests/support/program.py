@@ -9,6 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "qcow2_to_stdout.py"
 PYTHON = os.environ.get("QCOW2_TEST_PYTHON", sys.executable)
+COVERAGE = os.environ.get("QCOW2_TEST_COVERAGE")  # a folder, set by tests/coverage
 TIMEOUT = 120  # seconds; nothing here takes a tenth of it
 
 Argument = Union[str, bytes, "os.PathLike[str]"]
@@ -24,6 +25,9 @@ class Result(NamedTuple):
 
 def command(*arguments: Argument, python: Optional[str] = None) -> List[Argument]:
     """The argument list that runs the program."""
+    if COVERAGE and python is None:
+        measured = ["-m", "coverage", "run", "--branch", "-p", f"--data-file={COVERAGE}/data"]
+        return [PYTHON, *measured, str(PROGRAM), *arguments]
     return [python or PYTHON, str(PROGRAM), *arguments]
 
 
