@@ -286,6 +286,8 @@ class DiskFile:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise Error(f"cannot open {quoted(name)}: {why}") from error
         self.is_regular = stat.S_ISREG(self._found.st_mode)
+        if not self.size and stat.S_ISBLK(self._found.st_mode):
+            raise Error(f"cannot read {quoted(name)}: the device is empty; attach what it shows")
 
     def _refuse_unless_disk(self, mode: int) -> None:
         kinds = (
@@ -347,8 +349,7 @@ class DiskFile:
         """What to raise where there is nothing left to read, although there was before."""
         return Error(
             f"{quoted(self.name)} became shorter while it was read: it ends at offset {offset} "
-            f"now, it had {self.size} bytes; "
-            "export a snapshot instead"
+            f"now, it had {self.size} bytes; export a snapshot instead"
         )
 
     def advise(self, offset: int, length: int, how: str) -> None:
@@ -389,6 +390,13 @@ class DiskFile:
             if start < end:
                 yield start, min(position, end)
 
+    def refuse_if_replaced(self) -> None:
+        """Raise Error if the name leads elsewhere now: QEMU has opened it a second time."""
+        with contextlib.suppress(OSError):
+            if file_identity(os.stat(self.name)) == self.identity:
+                return
+        raise Error(f"{quoted(self.name)} was replaced while it was opened; run the program again")
+
     def check_unchanged(self) -> None:
         """Raise Error if the file is not what it was when it was opened.
 
@@ -410,8 +418,7 @@ class DiskFile:
             return
         raise Error(
             f"{quoted(self.name)} changed while it was read: {what}; the image is not consistent, "
-            "export a "
-            "snapshot instead"
+            "export a snapshot instead"
         )
 
 
@@ -562,20 +569,21 @@ class StreamFile(DiskFile):
 
     def _read(self, view: memoryview) -> int:
         try:
-            count = os.readv(self.fd, [view])
+            data = os.read(self.fd, min(len(view), READ_SIZE))
         except BlockingIOError:
             wait_for(self.fd, "POLLIN")
             return self._read(view)
         except OSError as error:
             raise self.read_error(self._position, error) from error
-        self._position += count
-        return count
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
     def ended_early(self, offset: int) -> Error:
         """What to raise where the stream is shorter than it was said to be."""
         return Error(
-            f"standard input ended after {offset} bytes, but --size says {self.size}; the image "
-            "is not whole"
+            f"standard input ended after {offset} bytes, but --size says {self.size}; the image is "
+            "not whole"
         )
 
     def expect_end(self) -> None:
@@ -583,18 +591,18 @@ class StreamFile(DiskFile):
         self.skip_to(self.size)
         if self._read(memoryview(bytearray(1))):
             raise Error(
-                f"standard input goes on after the {self.size} bytes that --size says; the "
-                "image is not whole"
+                f"standard input goes on after the {self.size} bytes that --size says; the image "
+                "is not whole"
             )
 
 
-def wait_for(fd: int, event: str) -> None:
-    """Wait until a descriptor that does not block is ready: event is POLLIN or POLLOUT."""
+def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
+    """Wait until a descriptor is ready: event is POLLIN or POLLOUT. False if time runs out."""
     import select
 
     poll = select.poll()
     poll.register(fd, getattr(select, event))
-    poll.poll()
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
 class ChainSource(Source):
@@ -783,12 +791,13 @@ def start_program(arguments: List[bytes], **options: Any) -> Any:
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
         return subprocess.Popen(arguments, **{**pipes, **options})
-    except OSError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         name = os.fsdecode(arguments[0])
         debian, fedora = PACKAGES[name]
+        why = reason(error) if isinstance(error, OSError) else str(error)
         raise Error(
-            f"cannot run {name}: {reason(error)}; it comes with the package {debian} (Debian) "
-            f"or {fedora} (Fedora)"
+            f"cannot run {name}: {why}; it comes with the package {debian} (Debian) or "
+            f"{fedora} (Fedora)"
         ) from error
 
 
@@ -800,6 +809,28 @@ def complaint(stderr: bytes) -> str:
     if "lock" in text and "Failed to get" in text:
         text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
     return text
+
+
+class Drain:
+    """Reads what a program says on stderr, so that it never waits for a reader. Keeps the end."""
+
+    def __init__(self, pipe: Any) -> None:
+        import threading
+
+        self._pipe = pipe
+        self._kept = b""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # closed from under it
+            for line in self._pipe:
+                self._kept = (self._kept + line)[-4096:]
+
+    def text(self) -> bytes:
+        """What was said last, once the program has ended."""
+        self._thread.join(1)
+        return self._kept
 
 
 class ImageName(NamedTuple):
@@ -852,11 +883,11 @@ def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[
     arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
     program = start_program(arguments)
     try:
+        stderr = Drain(program.stderr)
         for line in program.stdout:
             yield line
-        stderr = program.stderr.read()
         if program.wait():
-            raise Error(f"cannot open {quoted(image.name)}: {complaint(stderr)}")
+            raise Error(f"cannot open {quoted(image.name)}: {complaint(stderr.text())}")
     finally:
         program.kill()
         program.wait()
@@ -888,15 +919,26 @@ def member_files(chain: List[Dict[str, Any]], open_file: Callable[[str], DiskFil
     ]
 
 
-def other_files(chain: List[Dict[str, Any]]) -> Iterator[str]:
-    """Local files beside the members that hold data of theirs."""
+def other_files(chain: List[Dict[str, Any]], image: ImageName) -> Iterator[str]:
+    """Local files beside the plain members that hold data of the chain."""
     for member in chain:
         data = member.get("format-specific", {}).get("data", {})
         names = [data.get("data-file")]
         names += [extent.get("filename") for extent in data.get("extents", [])]
+        if member["filename"].startswith("json:"):
+            names += file_names(parse_qemu_json(os.fsencode(member["filename"][5:]), image))
         for name in names:
             if name and os.path.exists(name):
                 yield name
+
+
+def file_names(node: Any) -> Iterator[str]:
+    """What is called a filename anywhere in a block device's description."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == "filename" and isinstance(value, str):
+            yield value
+        else:
+            yield from file_names(value)
 
 
 def read_chain(
@@ -931,9 +973,7 @@ class Export:
     """
 
     def __init__(self, image: ImageName) -> None:
-        """Start the daemon. Raises Error if it can't show the disk."""
-        import tempfile
-
+        """Raises Error if nothing can be shown here at all."""
         if not os.path.exists("/dev/fuse"):
             raise Error(
                 f"cannot open {quoted(image.name)}: there is no /dev/fuse, which reading this "
@@ -941,16 +981,20 @@ class Export:
             )
         self._image = image
         self._daemon = None  # type: Any
-        try:
-            self._folder = tempfile.mkdtemp(prefix="qcow2_to_stdout.")
-        except OSError as error:
-            raise Error(f"cannot make a temporary folder: {reason(error)}") from error
-        self.path = os.path.join(self._folder, "disk")
+        self._folder = ""
+        self.path = ""
 
     def open(self) -> DiskFile:
-        """Show the disk and open it."""
-        with open(self.path, "wb"):
-            pass
+        """Show the disk and open it. Raises Error if that can't be done."""
+        import tempfile
+
+        try:
+            self._folder = tempfile.mkdtemp(prefix="qcow2_to_stdout.")
+            self.path = os.path.join(self._folder, "disk")
+            with open(self.path, "wb"):
+                pass
+        except OSError as error:
+            raise Error(f"cannot make a temporary folder: {reason(error)}") from error
         export = {
             "type": "fuse",
             "id": "export",
@@ -965,24 +1009,22 @@ class Export:
         arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
         parent = os.getpid()
         self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: die_with(parent))
+        self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
         file = DiskFile(self.path, self._image.name)
         self._unmount()
         return file
 
     def _wait_until_ready(self) -> None:
-        import select
-
         stdout = self._daemon.stdout
-        readable, _, _ = select.select([stdout], [], [], DAEMON_PATIENCE)
-        if not readable:
+        if not wait_for(stdout.fileno(), "POLLIN", DAEMON_PATIENCE):
             raise Error(
                 f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer "
                 f"within {DAEMON_PATIENCE} seconds"
             )
         if not os.read(stdout.fileno(), 1):
-            stderr = self._daemon.stderr.read()
-            raise Error(f"cannot open {quoted(self._image.name)}: {complaint(stderr)}")
+            complaints = complaint(self._stderr.text())
+            raise Error(f"cannot open {quoted(self._image.name)}: {complaints}")
 
     def _unmount(self) -> None:
         """Take mount and folder away from under the open file. Where it can't be: later."""
@@ -1000,6 +1042,8 @@ class Export:
         self._remove_folder()
 
     def _remove_folder(self) -> None:
+        if not self._folder:
+            return
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         with contextlib.suppress(OSError):
@@ -1057,13 +1101,15 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     files = member_files(chain, open_file)
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
-        for name in other_files(chain):
+        for name in other_files(chain, image):
             open_file(name)
         export = Export(image)
         resources.callback(export.close)
         file = export.open()
         resources.callback(file.close)
         source = RawSource(file)
+    for each in opened.values():
+        each.refuse_if_replaced()
     source.files = source.files + [each for each in opened.values() if each not in source.files]
     return source
 
@@ -1427,7 +1473,7 @@ def layout_steps(
 ) -> Iterator[Step]:
     """The clusters that a layout names; their content decides what they become."""
     probe = ZeroProbe(source, zeros, DATA)
-    named = cluster_runs(sorted(layout.data + layout.zeros), cluster_size)
+    named = cluster_runs(layout.all(), cluster_size)
     stored = cluster_runs(source.extents(), cluster_size)
     for first, end, (changed, found) in sweep(cluster_count, named, stored):
         if changed is None:
@@ -1440,11 +1486,11 @@ def trusted_layout_steps(
     layout: "Layout", zeros: int, size: int, cluster_size: int
 ) -> Iterator[Step]:
     """The clusters that a layout names, as it says: zeros only where it knows all of one."""
-    named = cluster_runs(sorted(layout.data + layout.zeros), cluster_size)
-    data = cluster_runs(sorted(layout.data), cluster_size)
+    named = cluster_runs(layout.all(), cluster_size)
+    data = cluster_runs(layout.data, cluster_size)
     known = (  # rounded inwards, but for the disk's end: what lies behind it counts as zeros
         (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
-        for start, end in joined(sorted(layout.zeros))
+        for start, end in joined(layout.zeros)
     )
     whole = ((start, end) for start, end in known if start < end)
     cluster_count = div_up(size, cluster_size)
@@ -1548,7 +1594,7 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Layout(NamedTuple):
-    """What a layout says, in bytes of the guest's disk; in any order, perhaps overlapping.
+    """What a layout says, in bytes of the guest's disk: sorted, perhaps overlapping.
 
     data    ranges that may hold data
     zeros   ranges that are known to be zeros now
@@ -1556,6 +1602,12 @@ class Layout(NamedTuple):
 
     data: List[Range]
     zeros: List[Range]
+
+    def all(self) -> Iterator[Range]:
+        """Both, in order of their starts."""
+        import heapq
+
+        return heapq.merge(self.data, self.zeros)
 
 
 def json_text(raw: bytes, what: str) -> str:
@@ -1634,7 +1686,7 @@ def _qemu_map_allocation(entry: Dict[str, Any], _overlay: bool) -> Optional[str]
     # XAPI's question to the same list: which clusters does the chain store at all?
     if not (isinstance(entry["data"], bool) and isinstance(entry["zero"], bool)):
         raise ValueError
-    return "data" if entry["data"] or not entry["zero"] else None
+    return "data" if entry["data"] or not entry["zero"] else "zeros"
 
 
 def _nbdinfo_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
@@ -1715,6 +1767,8 @@ def read_layout(
             ) from error
         if kind and length:
             _add_range(layout.data if kind == "data" else layout.zeros, start, start + length, size)
+    layout.data.sort()  # takes no time where the producer has done it
+    layout.zeros.sort()
     return layout
 
 
@@ -1796,9 +1850,8 @@ class Geometry(NamedTuple):
             reach = (MAX_L1_BYTES // ENTRY_SIZE) * self.table_entries * self.cluster_size
             raise Error(
                 f"a disk of {self.virtual_size} bytes needs an L1 table over 32 MiB, which QEMU "
-                "can't open: "
-                f"clusters of {self.cluster_size} bytes reach {reach} bytes; choose a larger "
-                "--cluster-size"
+                f"can't open: clusters of {self.cluster_size} bytes reach {reach} bytes; choose a "
+                "larger --cluster-size"
             )
 
 
@@ -1858,15 +1911,15 @@ class Plan(NamedTuple):
         """Raise Error for an image that QEMU could not open."""
         if self.refcount_table_clusters * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
             raise Error(
-                f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which "
-                f"QEMU can't open, with clusters of {self._cluster_size} bytes and refcounts of "
+                f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which QEMU "
+                f"can't open, with clusters of {self._cluster_size} bytes and refcounts of "
                 f"{self.geometry.refcount_bits} bits; choose a larger --cluster-size or fewer "
                 "--refcount-bits"
             )
         if self.file_size > MAX_HOST_OFFSET:
             raise Error(
-                f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 "
-                "can't express; export fewer data"
+                f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 can't "
+                "express; export fewer data"
             )
 
 
@@ -1894,8 +1947,8 @@ def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
 # ---------------------------------------------------------------------------------------------
 
 WRITE_SIZE = 256 << 10  # bytes of metadata or small clusters that are gathered into one write
-PIPE_PATIENCE = 1.0  # seconds that a reader may pause with the end of the image in its pipe
-PIPE_POLL = 2  # milliseconds between two looks at what it has left
+PATIENCE_AT_END = 1.0  # seconds that a reader may pause with the end of the image in its pipe
+POLL_AT_END = 2  # milliseconds between two looks at what it has left
 PIPE_SIZE = 1 << 20  # what the system grants without privilege; twice the rate of 64 KiB
 COPY_SIZE = 4 << 20  # bytes that are sent, and read ahead, at once
 READ_AHEAD = 16 << 20  # bytes between the copy and what the kernel is asked to fetch
@@ -1923,18 +1976,19 @@ class Output:
             raise Error("standard output is closed; redirect it to a file or a pipe") from error
         if os.isatty(fd) and not is_text:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
-        self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
-        if self._is_pipe and not is_text:
+        if stat.S_ISFIFO(self._status.st_mode) and not is_text:
             self._grow_pipe()
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""
+        mode = self._status.st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return
         for file in files:
             if file.identity == file_identity(self._status):
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, which would be overwritten; "
-                    "write the image "
-                    "elsewhere"
+                    "write the image elsewhere"
                 )
 
     def _grow_pipe(self) -> None:
@@ -1968,32 +2022,41 @@ class Output:
         self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
 
     def finish(self) -> None:
-        """Write what is pending, and see a pipe's reader off.
+        """Write what is pending, and see the reader off.
 
-        A reader that goes away while its bytes are still in the pipe has not got the image. It
-        is waited for as long as it reads, and PIPE_PATIENCE more.
+        A reader that goes away while its bytes are still in the pipe or the socket has not got
+        the image. It is waited for as long as it reads, and PATIENCE_AT_END more. What a file
+        system says only when a file is closed is heard as well.
         """
         self.flush()
-        if not self._is_pipe:
+        try:
+            os.close(os.dup(self.fd))
+        except OSError as error:
+            raise self._write_error(error) from error
+        mode = self._status.st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             return
         import fcntl
         import select
         import termios
 
+        request = termios.FIONREAD if stat.S_ISFIFO(mode) else termios.TIOCOUTQ
         poll = select.poll()
         poll.register(self.fd, 0)
         left, since = -1, time.monotonic()
-        while time.monotonic() < since + PIPE_PATIENCE:
+        while time.monotonic() < since + PATIENCE_AT_END:
             try:
-                answer = fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4))
+                answer = fcntl.ioctl(self.fd, request, bytes(4))
             except OSError:  # not on this system
                 return
             before, left = left, struct.unpack("i", answer)[0]
             if not left:
                 return
-            if left != before:
+            if left < before:
                 since = time.monotonic()
-            if any(event & select.POLLERR for _, event in poll.poll(PIPE_POLL)):
+            if any(
+                event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(POLL_AT_END)
+            ):
                 raise ConsumerGone()
 
     def _write_now(self, view: memoryview) -> None:
@@ -2093,8 +2156,8 @@ class Header(NamedTuple):
             what = "backing"
         if length > cluster_size:
             raise Error(
-                f"the name of the {what} file does not fit into a first cluster of "
-                f"{cluster_size} bytes; choose a larger --cluster-size or a shorter name"
+                f"the name of the {what} file does not fit into a first cluster of {cluster_size} "
+                "bytes; choose a larger --cluster-size or a shorter name"
             )
 
     def cluster(self, plan: Plan) -> bytes:
@@ -2400,7 +2463,7 @@ class _Parser(argparse.ArgumentParser):
         output.flush()
 
     def error(self, message: str) -> Any:
-        report(self.format_usage() + f"{PROGRAM}: error: {message}")
+        report(self.format_usage() + f"{PROGRAM}: error: {quoted(message)[1:-1]}")
         sys.exit(2)
 
 
@@ -2606,6 +2669,10 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (is_stream and options.diff is not None,
          "INPUT - is read once, which leaves nothing to be copied after a comparison; use "
          "--layout instead of --diff"),
+        (options.diff == "-",
+         "BASE can't be a stream: it would be read more than once; a file of that name is ./-"),
+        (base_maps and (options.diff_format or "raw") != "raw",
+         "the --json-header-diff options describe a raw BASE; leave --diff-format out"),
         (is_stream and options.layout == "-",
          "standard input can't be both INPUT and the layout; put the layout into a file"),
         (options.output is not None and not options.measure,
@@ -2628,13 +2695,13 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (options.trust_layout and options.layout is None,
          "--trust-layout needs a --layout to trust"),
         (is_partial and has_external,
-         f"{partial} exports a part of the disk, but {external} refers to all of it; "
-         "leave one of them out"),
+         f"{partial} exports a part of the disk, but {external} refers to all of it; leave one of "
+         "them out"),
         (maps and options.layout is not None,
          "--layout and --json-header-map both say where data is; give one of them"),
         (maps and has_external,
-         f"--json-header-map says what to export, but {external} refers to all of the disk; "
-         "leave one of them out"),
+         f"--json-header-map says what to export, but {external} refers to all of the disk; leave "
+         "one of them out"),
         (base_maps and options.diff is None,
          "--json-header-diff-map and --json-header-diff-info describe BASE; add --diff BASE"),
         (overlay and has_external,
@@ -2672,29 +2739,62 @@ def read_json_source(name: str, option: str) -> bytes:
             raise Error(f"{option}: {quoted(name)} is not the number of an open descriptor")
         file = int(name)
     try:
-        with open(file, "rb", closefd=not isinstance(file, int)) as opened:
-            return opened.read(MAX_JSON_BYTES + 1)
+        with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
+            return read_all(opened, MAX_JSON_BYTES + 1)
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise Error(f"{option}: cannot read {quoted(name)}: {why}") from error
 
 
+def read_all(file: Any, limit: int) -> bytes:
+    """All of an unbuffered file, up to a limit, whether it blocks or not."""
+    parts = []
+    while limit > 0:
+        data = file.read(min(limit, READ_SIZE))
+        if data is None:
+            wait_for(file.fileno(), "POLLIN")
+            continue
+        if not data:
+            break
+        parts.append(data)
+        limit -= len(data)
+    return b"".join(parts)
+
+
+class KnownDisk(NamedTuple):
+    """What XAPI's descriptors tell of a disk.
+
+    info        its sizes, or None
+    ranges      all of it but what is known to be zeros, or None
+    is_whole    the map tells of every byte, as one of qemu-img does; else it is not believed
+    """
+
+    info: Optional[DiskInfo]
+    ranges: Optional[List[Range]]
+    is_whole: bool
+
+
 def read_known_disk(
-    map_fd: Optional[str], info_fd: Optional[str], suffix: str
-) -> Tuple[Optional[List[Range]], Optional[DiskInfo]]:
-    """What XAPI's descriptors tell of a disk: what it stores, and its sizes."""
+    name: str, map_fd: Optional[str], info_fd: Optional[str], suffix: str
+) -> KnownDisk:
+    """Read what XAPI's descriptors tell of the disk in a file."""
     info = None
-    ranges = None
     # The map first: whoever writes both to pipes may do so in this order.
     map_option, info_option = (f"--json-header-{suffix}{kind}" for kind in ("map", "info"))
     map_json = b"" if map_fd is None else read_json_source(map_fd, map_option)
     if info_fd is not None:
         info = read_info(read_json_source(info_fd, info_option), info_option)
-    if map_fd is not None:
-        size = info.virtual_size if info else sys.maxsize
-        layout = read_layout(map_json, map_option, size, False, QEMU_ALLOCATION)
-        ranges = list(joined(sorted(layout.data)))
-    return ranges, info
+    if map_fd is None:
+        return KnownDisk(info, None, False)
+    if info is None:
+        with contextlib.closing(DiskFile(name)) as file:
+            size = align_up(file.size, SECTOR_SIZE)
+    else:
+        size = info.virtual_size
+    layout = read_layout(map_json, map_option, size, False, QEMU_ALLOCATION)
+    told = joined(layout.all())
+    gaps = [(start, end) for start, end, (known,) in sweep(size, told) if known is None]
+    return KnownDisk(info, list(joined(sorted(layout.data + gaps))), not gaps)
 
 
 class Sources(NamedTuple):
@@ -2710,26 +2810,27 @@ class Sources(NamedTuple):
 def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
 
-    ranges, info = read_known_disk(options.json_header_map, options.json_header_info, "")
+    known = read_known_disk(options.input, options.json_header_map, options.json_header_info, "")
+    info = known.info
     image = ImageName(options.input, options.format, options.image_opts)
     limit = info.virtual_size if info else options.size
-    disk = open_disk(image, resources, limit, ranges)
+    disk = open_disk(image, resources, limit, known.ranges)
     size = align_up(disk.size if info is None else info.virtual_size, SECTOR_SIZE)
     if align_up(disk.size, SECTOR_SIZE) < size:
         raise Error(
-            f"{quoted(image.name)} has {disk.size} bytes, but --json-header-info says {size}; "
-            "it describes another disk"
+            f"{quoted(image.name)} has {disk.size} bytes, but --json-header-info says {size}; it "
+            "describes another disk"
         )
     base = None
-    trusted = ranges is not None
+    trusted = known.is_whole
     if options.diff is not None:
-        base_ranges, base_info = read_known_disk(
-            options.json_header_diff_map, options.json_header_diff_info, "diff-"
+        known_base = read_known_disk(
+            options.diff, options.json_header_diff_map, options.json_header_diff_info, "diff-"
         )
-        trusted = trusted and base_ranges is not None
-        base_size = size if base_info is None else min(size, base_info.virtual_size)
+        trusted = trusted and known_base.is_whole
+        base_size = min(size, known_base.info.virtual_size) if known_base.info else size
         base_image = ImageName(options.diff, options.diff_format or options.format, False)
-        base = open_disk(base_image, resources, base_size, base_ranges)
+        base = open_disk(base_image, resources, base_size, known_base.ranges)
     return Sources(disk, base, size, info and info.cluster_size, trusted)
 
 
@@ -2773,6 +2874,7 @@ def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry
             # No layout speaks of the zeros that fill the last sector; a longer backing file
             # has other bytes there.
             layout.data.append((sources.disk.size, geometry.virtual_size))
+            layout.data.sort()
         if options.trust_layout or options.input == "-":
             return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
         return layout_steps(sources.disk, layout, zeros, count, size)
@@ -2912,8 +3014,8 @@ class Progress:
         share = 100 * done // self._total if self._total else 100
         left = duration((self._total - done) / rate) if rate else "?"
         return (
-            f"{self._phase:5} {share:3}%  {human(done)} of {human(self._total)}  "
-            f"{human(rate)}/s  {left} left"
+            f"{self._phase:5} {share:3}%  {human(done)} of {human(self._total)}  {human(rate)}/s  "
+            f"{left} left"
         )
 
     def _print(self) -> None:
@@ -2969,15 +3071,28 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _interrupt(signum: int, _frame: Any) -> None:
+    # One is enough: cleaning up must not be cut short. (Of one that is on its way already,
+    # Python would complain if it was ignored by the system.)
+    release_signals(lambda _signum, _frame: None)
     raise Interrupted(signum)
 
 
 def catch_signals() -> None:
     """Let the signals that ask for an end go through the cleaning up; ignored ones stay so."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in ENDING_SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
+
+
+def release_signals(how: Any) -> None:
+    """Handle the signals that are caught no more, but as `how` says."""
+    for signum in ENDING_SIGNALS:
+        if signal.getsignal(signum) == _interrupt:
+            signal.signal(signum, how)
 
 
 def end_by_signal(signum: int) -> int:
@@ -3000,10 +3115,11 @@ def open_standard_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != fd:
-                os.dup2(null, fd)
-                os.close(null)
+            with contextlib.suppress(OSError):  # not even that: then messages are lost
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != fd:
+                    os.dup2(null, fd)
+                    os.close(null)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -3012,8 +3128,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         open_standard_descriptors()
         catch_signals()
-        options = make_parser().parse_args(argv)
         progress.catch_signal()
+        options = make_parser().parse_args(argv)
         if options.progress:
             progress.turn_on()
         try:
@@ -3021,6 +3137,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 run(options, resources, progress)
         finally:
             progress.turn_off()
+            release_signals(signal.SIG_DFL)  # nothing is left that could be cleaned up
         return 0
     except Error as error:
         report(f"{PROGRAM}: error: {error}")

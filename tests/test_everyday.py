@@ -7,6 +7,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -299,7 +300,36 @@ def test_input_from_a_file_and_with_suffixes(tmp_path: Path) -> None:
     assert done.stdout == stream(raw)
 
 
+def test_input_and_output_may_be_one_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, subprocess.Popen(
+        command("-", "--size", "512"), stdin=theirs.fileno(), stdout=theirs.fileno()
+    ) as program:
+        theirs.close()
+        ours.sendall(noise(512))
+        ours.shutdown(socket.SHUT_WR)
+        image = b"".join(iter(lambda: ours.recv(65536), b""))
+        assert program.wait(TIMEOUT) == 0
+    assert list(read_image(io.BytesIO(image)).data) == [0]
+
+
+def test_a_layout_that_comes_late_on_a_descriptor_that_does_not_block(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", MIB, [(0, noise(MIB))])
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    program = start(raw, "--layout", "-", stdin=reader)
+    os.close(reader)
+    for piece in (b"[", b'{"offset": 0, ', b'"length": 1}', b"]"):
+        time.sleep(0.1)
+        os.write(writer, piece)
+    os.close(writer)
+    image, stderr = program.communicate(timeout=TIMEOUT)
+    assert (program.returncode, stderr) == (0, b"")
+    assert list(read_image(io.BytesIO(image)).data) == [0]
+
+
 STREAM_MISUSE = [
+    (["disk.raw", "--diff", "-"], "BASE"),
     (["-"], "--size"),
     (["disk.raw", "--size", "1M"], "--size"),
     (["-", "--size", "1M", "--diff", "disk.raw"], "--diff"),

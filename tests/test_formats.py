@@ -415,6 +415,78 @@ def test_a_member_that_changes_while_it_is_read(chain: List[Path]) -> None:
     assert "bottom.raw" in stderr
 
 
+def wrapped(tmp_path: Path, script: str) -> Any:
+    """An environment in which qemu-img does something before its work."""
+    folder = tmp_path / "wrapped"
+    folder.mkdir()
+    real = shutil.which("qemu-img")
+    (folder / "qemu-img").write_text(f'#!/bin/bash\n{script}\nexec {real} "$@"\n')
+    (folder / "qemu-img").chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_an_image_that_is_replaced_while_it_is_opened(tmp_path: Path, form: str) -> None:
+    for name, byte in (("cur", 1), ("new", 2)):
+        image = create(tmp_path / name, "8M", form=form)
+        write(image, f"write -P {byte} {byte}M 1M", form=form)
+    env = wrapped(tmp_path, f"[ -e {tmp_path}/new ] && mv {tmp_path}/new {tmp_path}/cur")
+    assert_refused(run("-f", form, tmp_path / "cur", env=env), "cur", "replaced")
+
+
+def test_a_qemu_that_talks_too_much(tmp_path: Path) -> None:
+    image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 1M 1M")
+    env = wrapped(tmp_path, "head -c 200000 /dev/zero | tr '\\0' 'x' >&2")
+    assert stream("-f", "qcow2", image, env=env) == stream("-f", "qcow2", image)
+
+
+def test_many_inherited_descriptors(dense_vmdk: Path) -> None:
+    descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        result = run("-f", "vmdk", dense_vmdk, pass_fds=descriptors)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+    assert (result.status, result.stderr) == (0, "")
+
+
+def test_no_room_for_the_folder(dense_vmdk: Path, tmp_path: Path) -> None:
+    needs(os.geteuid() == 0, "root, to mount a full file system")
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=2", "none", str(folder)]
+    subprocess.run(mount, check=True)
+    try:
+        result = run("-f", "vmdk", dense_vmdk, env={**os.environ, "TMPDIR": str(folder)})
+        assert_refused(result, "temporary folder", "No space left")
+        assert not list(folder.iterdir())
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_changed_file_behind_an_option_string(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "big.raw", 8 * MIB, [(0, noise(8 * MIB))])
+    name = f"driver=raw,offset=512,size={7 * MIB},file.driver=file,file.filename={raw}"
+    program = start("--image-opts", name)
+    program.stdout.read(100_000)
+    os.utime(raw)
+    stderr = program.communicate(timeout=TIMEOUT)[1]
+    assert program.returncode == 1
+    assert b"big.raw" in stderr
+
+
+@pytest.mark.parametrize("signals", [(15, 1), (2, 2), (15, 15), (1, 2)])
+def test_two_signals_are_no_more_than_one(dense_vmdk: Path, signals: Any) -> None:
+    for pause in (0.04, 0.08, 0.12, 0.16, 0.2, 0.25):
+        program = start("-f", "vmdk", dense_vmdk)
+        time.sleep(pause)
+        for signum in signals:
+            program.send_signal(signum)
+        stdout, stderr = program.communicate(timeout=TIMEOUT)
+        assert program.returncode in (-signals[0], -signals[1]), stderr
+        assert not stdout or not stderr  # before the first byte Python may still be starting
+
+
 @pytest.mark.parametrize("form", ["qcow2", "vmdk"])
 def test_without_root(tmp_path: Path, form: str) -> None:
     needs(os.geteuid() == 0, "root, to become somebody else")

@@ -54,3 +54,10 @@ def test_every_python_writes_the_same_bytes(tmp_path: Path, python: str) -> None
         for options in OPTIONS
     ]
     assert digests == DIGESTS
+    disk = (tmp_path / "disk.raw").read_bytes()
+    options = ["-", "--size", str(len(disk)), "-c", "4K"]
+    streamed = stream(*options, stdin=disk, python=python)
+    assert (
+        hashlib.sha256(streamed).hexdigest()
+        == hashlib.sha256(stream(*options, stdin=disk)).hexdigest()
+    )

@@ -8,9 +8,11 @@ import glob
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
 
@@ -209,3 +211,23 @@ def test_without_descriptors_it_is_the_raw_disk(tmp_path: Path) -> None:
     vdi = make_vdi(tmp_path, "disk", 4 * MIB, WRITES[:2], 65536)
     assert json.loads(vdi.info)["virtual-size"] == 4 * MIB
     assert imported(stream(vdi.raw)).over() == vdi.raw.read_bytes()
+
+
+def test_a_map_that_does_not_tell_of_all_is_not_believed(tmp_path: Path) -> None:
+    vdi = make_vdi(tmp_path, "disk", 4 * MIB, [*WRITES[:3], "write -P 8 3M 64k"], 65536)
+    entries = json.loads(vdi.map)
+    for part in ([], entries[:1], entries[1:], [entry for entry in entries if entry["data"]]):
+        partial = vdi._replace(map=json.dumps(part).encode())
+        assert imported(export(partial)).over() == vdi.raw.read_bytes()
+
+
+def test_a_consumer_that_leaves_its_socket_unread(tmp_path: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(noise(1024))
+    left, right = socket.socketpair()
+    program = subprocess.Popen(command(raw, "-c", "512"), stdout=left.fileno())
+    left.close()
+    right.recv(1000)
+    time.sleep(0.3)
+    right.close()
+    assert program.wait(TIMEOUT) == -signal.SIGPIPE
