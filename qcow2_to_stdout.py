@@ -989,12 +989,16 @@ class Export:
         import tempfile
 
         try:
+            # A signal in between would leave a folder that nobody knows of.
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
             self._folder = tempfile.mkdtemp(prefix="qcow2_to_stdout.")
             self.path = os.path.join(self._folder, "disk")
             with open(self.path, "wb"):
                 pass
         except OSError as error:
             raise Error(f"cannot make a temporary folder: {reason(error)}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         export = {
             "type": "fuse",
             "id": "export",

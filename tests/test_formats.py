@@ -48,28 +48,29 @@ def as_raw(path: Path, form: str = "qcow2") -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """No daemon, no mount and no temporary folder outlives a test of this file."""
-    before = leftovers()
-    yield
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of the test's own, in which nothing outlives it: no daemon either."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
     deadline = time.monotonic() + 10
-    while leftovers() - before and time.monotonic() < deadline:
+    while leftovers(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not leftovers() - before
+    assert not leftovers(folder)
 
 
-def leftovers() -> set:  # type: ignore[type-arg]  # of strings
-    """Daemons that belong to nobody, mounts and folders of the program."""
-    found = {line for line in Path("/proc/mounts").read_text().splitlines() if "to_stdout." in line}
-    found |= {str(path) for path in Path("/tmp").glob("qcow2_to_stdout.*")}
+def leftovers(folder: Path) -> List[str]:
+    """Folders, mounts and daemons of programs that had this temporary folder."""
+    found = [str(path) for path in folder.iterdir()]
+    found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            text = status.read_text()
             arguments = (status.parent / "cmdline").read_text()
         except OSError:
             continue
-        if "qemu-storage" in text and "to_stdout." in arguments and "\nPPid:\t1\n" in text:
-            found.add(arguments)
+        if arguments.startswith("qemu-storage-daemon") and str(folder) in arguments:
+            found.append(arguments)
     return found
 
 
@@ -360,11 +361,11 @@ def dense_vmdk(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGPIPE]
 )
-def test_no_ending_leaves_a_daemon(dense_vmdk: Path, signum: int) -> None:
+def test_no_ending_leaves_a_daemon(dense_vmdk: Path, signum: int, temporary: Path) -> None:
     program = start("-f", "vmdk", dense_vmdk)
     program.stdout.read(100_000)
     (daemon,) = daemons_of(program.pid)
-    assert not leftovers(), "mount and folder are gone while it runs"
+    assert not list(temporary.iterdir()), "mount and folder are gone while it runs"
     if signum == signal.SIGPIPE:
         program.stdout.close()
     else:
