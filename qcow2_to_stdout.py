@@ -298,9 +298,10 @@ class DiskFile:
         )
         for is_kind, kind in kinds:
             if is_kind(mode):
+                hint = ", or --size SIZE - < FIFO" if is_kind is stat.S_ISFIFO else ""
                 raise Error(
                     f"cannot read {quoted(self.name)}: it is {kind}; give a regular file or a "
-                    "block device"
+                    f"block device{hint}"
                 )
 
     def close(self) -> None:
@@ -312,6 +313,10 @@ class DiskFile:
     def identity(self) -> Tuple[int, ...]:
         """Equal for two names of one file or one device, different otherwise."""
         return file_identity(self._found)
+
+    def layers_below(self) -> List[Tuple[int, ...]]:
+        """Its identity, and those of all devices that it lies on."""
+        return list(layers_below(self._found))
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill all of view from offset on, in as many calls as the system wants.
@@ -423,10 +428,39 @@ class DiskFile:
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
-    """What tells one file or device from another, whatever name it goes by."""
-    if stat.S_ISBLK(status.st_mode):
-        return (status.st_rdev,)
-    return (status.st_dev, status.st_ino)
+    """What tells one file or device from another, whatever name it goes by.
+
+    A loop device is the file that it shows.
+    """
+    if not stat.S_ISBLK(status.st_mode):
+        return (status.st_dev, status.st_ino)
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(_sys_folder(status.st_rdev), "loop/backing_file")) as file:
+            backing = os.stat(file.read().rstrip("\n"))
+        return file_identity(backing)
+    return (status.st_rdev,)
+
+
+def layers_below(status: os.stat_result) -> Iterator[Tuple[int, ...]]:
+    """The identities of a file or device and of all devices that it lies on, on Linux.
+
+    A partition lies on its disk, a mapped device on its slaves.
+    """
+    yield file_identity(status)
+    if not stat.S_ISBLK(status.st_mode):
+        return
+    folder = os.path.realpath(_sys_folder(status.st_rdev))
+    below = [os.path.dirname(folder)] if os.path.exists(os.path.join(folder, "partition")) else []
+    with contextlib.suppress(OSError):
+        slaves = os.path.join(folder, "slaves")
+        below += [os.path.join(slaves, name) for name in os.listdir(slaves)]
+    for each in below:
+        with contextlib.suppress(OSError):
+            yield from layers_below(os.stat("/dev/" + os.path.basename(os.path.realpath(each))))
+
+
+def _sys_folder(device: int) -> str:
+    return f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
 
 
 Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
@@ -1642,7 +1676,12 @@ def json_entries(text: str, what: str) -> Iterator[Any]:
 
     position = skip(0)
     if text[position : position + 1] != "[":
-        raise Error(f"{what} is not a JSON list of extents")
+        if not text[position:]:
+            raise Error(f"{what} is not a JSON list: it is empty; has its producer failed?")
+        raise Error(
+            f"{what} is not a JSON list of extents, as `rbd diff --format json`, `qemu-img map "
+            "--output=json` or `nbdinfo --map --json` write it"
+        )
     position = skip(position + 1)
     closed = text[position : position + 1] == "]"
     index = 0
@@ -1988,10 +2027,12 @@ class Output:
         mode = self._status.st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return
+        ours = set(layers_below(self._status))
         for file in files:
-            if file.identity == file_identity(self._status):
+            if file.identity in ours or file_identity(self._status) in file.layers_below():
                 raise Error(
-                    f"standard output is {quoted(file.name)} itself, which would be overwritten; "
+                    f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
+                    "overwritten; "
                     "write the image elsewhere"
                 )
 
@@ -2495,7 +2536,7 @@ def size_argument(text: str) -> int:
     if size is None:
         hint = "; leave the B out" if parse_size(text.rstrip("iBb")) is not None else ""
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes, perhaps with K, M, G or T{hint}"
+            f"{text!r} is not a number of bytes, perhaps with K, M, G, T, P or E{hint}"
         )
     return size
 

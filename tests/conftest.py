@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.ceph import AVAILABLE, Cluster
 from support.fuse import FuseDisk
+from support.pythons import pythons, version
 
 settings.register_profile(
     "program",
@@ -19,6 +20,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("program")
+
+
+def pytest_report_header() -> str:
+    """Say which Pythons run the program."""
+    return "the program runs under: " + ", ".join(version(python) for python in pythons())
 
 
 def needs(condition: bool, what: str) -> None:

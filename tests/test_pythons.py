@@ -1,36 +1,18 @@
 """The same bytes from every Python on the machine: CPython 3.6 to the newest, and PyPy."""
 
-import glob
 import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
-from typing import List
 
 import pytest
 from support.disks import Recipe
 from support.program import stream
-
-
-def pythons() -> List[str]:
-    """All interpreters here that are 3.6 or newer."""
-    found = glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python3"))
-    found += [path for path in (shutil.which("pypy3"), "/usr/bin/python3") if path]
-    return sorted({path for path in found if os.path.exists(path)})
-
-
-def version(python: str) -> str:
-    code = "import sys, platform; print(platform.python_implementation(), sys.version.split()[0])"
-    return subprocess.check_output([python, "-c", code], text=True).strip()
-
+from support.pythons import pythons, version
 
 PYTHONS = pythons()
 
 
 def test_there_are_pythons_to_compare() -> None:
     assert PYTHONS
-    print("\n".join(f"{version(python)}: {python}" for python in PYTHONS))
 
 
 OPTIONS = [[], ["-c", "512", "-r", "1"], ["-c", "2M", "-r64"], ["-c4K", "-d"], ["-R", "-c", "1K"]]

@@ -39,7 +39,7 @@ def blocks() -> List[Block]:
     found = []
     title = ""
     pattern = re.compile(
-        r"^#+ (?P<title>[^\n]*)$|(?:<!-- (?P<note>[^\n]*) -->\n)?```sh\n(?P<text>.*?)```",
+        r"^#+ (?P<title>[^\n]*)$|(?:<!-- (?P<note>[^\n]*) -->\n)?```bash\n(?P<text>.*?)```",
         re.MULTILINE | re.DOTALL,
     )
     for match in pattern.finditer(README):

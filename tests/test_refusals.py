@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List
 import pytest
 from conftest import needs
 from support.disks import write_disk
-from support.program import assert_refused, command, run, stream
+from support.program import PROGRAM, assert_refused, command, run, stream
 
 import qcow2_to_stdout
 
@@ -49,7 +49,7 @@ def test_an_unreadable_file(disk: Path) -> None:
     os.chmod(disk.parent, 0o755)
     unprivileged = ["setpriv", "--reuid=65534", "--clear-groups", "--bounding-set=-all"]
     program = Path("/tmp") / f"qcow2_to_stdout_{os.getpid()}.py"
-    program.write_bytes(Path(str(command()[1])).read_bytes())
+    program.write_bytes(PROGRAM.read_bytes())
     try:
         with open(disk, "rb") as opened:  # the folders above belong to root
             done = subprocess.run(
@@ -105,6 +105,26 @@ def test_an_output_that_is_the_input(disk: Path, link: str, mode: str) -> None:
         )
     assert done.returncode == 1
     assert "itself" in done.stderr
+    assert disk.read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["device to file", "file to device", "device to device"])
+@pytest.mark.parametrize("mode", ["r+b", "ab"])
+def test_an_output_that_the_input_lies_on(
+    disk: Path, loop_device: Callable[..., str], way: str, mode: str
+) -> None:
+    device = loop_device(disk)
+    source, target = {
+        "device to file": (device, str(disk)),
+        "file to device": (str(disk), device),
+        "device to device": (device, loop_device(disk)),
+    }[way]
+    before = disk.read_bytes()
+    with open(target, mode) as out:
+        done = subprocess.run(
+            command(source), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, "itself" in done.stderr) == (1, True)
     assert disk.read_bytes() == before
 
 
