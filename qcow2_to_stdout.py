@@ -1162,6 +1162,7 @@ _MIXED = 3  # only of a page: its clusters differ
 MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has more
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
 PIECE_SIZE = 4 << 20  # bytes of a reader's share: more than a thread's switch is worth
+BATCH_STEPS = 256  # steps of a reader's share, however small they are
 PIECES_AHEAD = 2  # pieces for each reader: one at work, one that waits for it
 FIRST_PIECE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
 INLINE_PIECES = 3  # of a scan, before threads are worth their start
@@ -1416,14 +1417,12 @@ class ZeroProbe(NamedTuple):
                     extent.file.advise(cluster * cluster_size + shift, HEAD_SIZE, "WILLNEED")
             empty = 0
             for cluster in range(start, stop):
-                if extent.file.begins_with_data(cluster * cluster_size + shift):
-                    is_data[cluster - first] = 1
-                    empty = 0
-                else:
-                    empty += 1
-                    if empty == PATIENCE:  # not so dense after all
-                        break
+                found = extent.file.begins_with_data(cluster * cluster_size + shift)
                 times.append(time.monotonic())
+                is_data[cluster - first] = found
+                empty = 0 if found else empty + 1
+                if empty == PATIENCE:  # not so dense after all
+                    break
         each = [after - before for before, after in zip(times, times[1:])]
         least = min(each) if len(each) >= PATIENCE else math.inf
         experience.learn(sum(each) / len(is_data), least)
@@ -1582,29 +1581,56 @@ def fill_map(
     cluster_map: ClusterMap, steps: Iterable[Step], cluster_size: int, readers: Readers
 ) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
-    pending = collections.deque()  # type: Deque[Tuple[int, Callable[[], Any]]]
+    pending = collections.deque()  # type: Deque[Callable[[], Any]]
 
     def settle() -> None:
-        count, outcome = pending.popleft()
-        states = outcome()
-        if isinstance(states, int):
-            cluster_map.append(states, count)
-        else:
-            cluster_map.extend(states)
+        for count, states in pending.popleft()():
+            if isinstance(states, int):
+                cluster_map.append(states, count)
+            else:
+                cluster_map.extend(states)
 
-    for first, end, verdict in pieces(steps, cluster_size):
-        if isinstance(verdict, int):
-            outcome = functools.partial(int, verdict)  # type: Callable[[], Any]
-        else:
-            experience = readers.experience
-            work = functools.partial(verdict.states, first, end, cluster_size, experience)
-            outcome = readers.submit(work, verdict.is_quick(experience))
-        pending.append((end - first, outcome))
+    for batch in batches(pieces(steps, cluster_size), PIECE_SIZE // cluster_size):
+        probes = [step.verdict for step in batch if not isinstance(step.verdict, int)]
+        is_quick = all(probe.is_quick(readers.experience) for probe in probes)
+        work = functools.partial(examine, batch, cluster_size, readers.experience)
+        pending.append(readers.submit(work, is_quick))
         if len(pending) > PIECES_AHEAD * readers.count:
             settle()
     while pending:
         settle()
     cluster_map.finish()
+
+
+def examine(
+    batch: List[Step], cluster_size: int, experience: Experience, scratch: Scratch
+) -> List[Tuple[int, Union[int, bytes]]]:
+    """Take some steps: (count of clusters, their one state or a byte for each)."""
+    return [
+        (
+            end - first,
+            verdict
+            if isinstance(verdict, int)
+            else verdict.states(first, end, cluster_size, experience, scratch),
+        )
+        for first, end, verdict in batch
+    ]
+
+
+def batches(steps: Iterable[Step], length: int) -> Iterator[List[Step]]:
+    """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
+    batch = []  # type: List[Step]
+    left = length
+    for step in steps:
+        batch.append(step)
+        if not isinstance(step.verdict, int):
+            left -= step.end - step.first
+        # The first pieces are small because nothing is known yet: they are batches themselves.
+        if left <= 0 or len(batch) >= BATCH_STEPS or step.end * 2 <= length:
+            yield batch
+            batch, left = [], length
+    if batch:
+        yield batch
 
 
 def pieces(steps: Iterable[Step], cluster_size: int) -> Iterator[Step]:
@@ -2386,21 +2412,21 @@ class ReadAhead:
             start, self._asked = next(self._ranges, (0, sys.maxsize))
             if self._asked < sys.maxsize:
                 batch.append((start, self._asked))
-        if not all(self._is_cached(*ends) for ends in batch[:1] + batch[-1:]):
+        samples = batch[:: max(1, len(batch) // 8)] + batch[-1:]
+        if not all(self._is_cached(*each) for each in samples):
             for start, end in batch:
                 for extent in self._source.stored(start, end):
-                    self._readers.submit(functools.partial(self._fetch, extent))
+                    extent.file.advise(extent.offset, extent.end - extent.start, "WILLNEED")
+                    if self._readers.experience.is_far:
+                        self._readers.submit(functools.partial(self._fetch, extent))
 
     def _is_cached(self, start: int, end: int) -> bool:
         extents = self._source.stored(start, end)
         return all(each.file.is_cached(each.offset + each.end - each.start - 1) for each in extents)
 
     def _fetch(self, extent: Extent, scratch: Scratch) -> None:
-        extent.file.advise(extent.offset, extent.end - extent.start, "WILLNEED")
-        if not self._readers.experience.is_far:
-            return
-        # Some file systems fetch one page after the other, unless several readers ask. If a
-        # second look takes as long as the first, nothing is kept and it is all in vain.
+        # Some far file systems fetch one page after the other, unless several readers ask. If
+        # a second look takes as long as the first, nothing is kept and it is all in vain.
         for start in range(extent.start, extent.end, FAR_READ_SIZE):
             if self._is_in_vain:
                 return
@@ -2426,7 +2452,8 @@ def copy_data(
     Long runs go straight from descriptor to descriptor. Short ones that lie close together
     are read in one call and written in one.
     """
-    source.expect_reads("NORMAL")
+    # The kernel's own guess would also fetch what lies between two runs.
+    source.expect_reads("NORMAL" if readers.count == 1 or readers.experience.is_far else "RANDOM")
     read_ahead = ReadAhead(source, data_pieces(cluster_map, cluster_size), readers)
     gathered = []  # type: List[Range]
     for start, stop in data_pieces(cluster_map, cluster_size):
