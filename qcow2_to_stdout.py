@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     )
 else:
     # The names alone. typing takes longer to import than a small disk to export, and its
-    # named tuples as long again to be made: together 8 ms of a start of 30.
+    # named tuples nearly as long again to be made: together some 8 ms.
 
     class _Subscriptable:
         def __getitem__(self, _item):

@@ -14,7 +14,7 @@ from conftest import needs
 from support import judges
 from support.ceph import Cluster
 from support.disks import noise, write_disk
-from support.program import TIMEOUT, assert_refused, run, start, stream
+from support.program import TIMEOUT, Result, assert_refused, command, run, start, stream
 
 MIB = 1 << 20
 
@@ -463,6 +463,16 @@ def test_no_room_for_the_folder(dense_vmdk: Path, tmp_path: Path) -> None:
         assert not list(folder.iterdir())
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_no_fuse_device(dense_vmdk: Path) -> None:
+    needs(os.geteuid() == 0, "root, to hide a device")
+    hide = 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && exec "$@"'
+    words = ["unshare", "-m", "bash", "-c", hide, "bash", *command("-f", "vmdk", dense_vmdk)]
+    done = subprocess.run(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+    )
+    assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "no /dev/fuse")
 
 
 def test_a_changed_file_behind_an_option_string(tmp_path: Path) -> None:
