@@ -1302,22 +1302,45 @@ class ClusterMap:
                     table = states[start : start + size]
                     yield 1, table.count(UNALLOCATED) < size
 
-    def data_runs(self) -> Iterator[Tuple[int, int]]:
-        """(first cluster, end cluster) of the runs of DATA, as long as they come."""
+    def data_runs(self, short: int = 1, gap: int = 0) -> Iterator[Tuple[int, int, bytes]]:
+        """(first cluster, end cluster, states) of the runs of DATA, as long as they come.
+
+        Runs of less than `short` clusters, with at most `gap` others between two of them, come
+        together, and with the state of each cluster. states is empty where all are DATA.
+        """
+        runs = data_pattern(short, gap)
         first = end = 0
         for page, count, states in self.pages():
             if len(states) == 1:
                 spans = [(0, count)] if states[0] == DATA else []
             else:
-                spans = [run.span() for run in _DATA_RUN.finditer(states)]
+                spans = [run.span() for run in runs.finditer(states)]
             for start, stop in spans:
-                if page + start != end:
+                is_broken = len(states) > 1 and states.count(DATA, start, stop) < stop - start
+                if is_broken or page + start != end:
                     if end > first:
-                        yield first, end
+                        yield first, end, b""
                     first = page + start
                 end = page + stop
+                if is_broken:
+                    yield first, end, states[start:stop]
+                    first = end
         if end > first:
-            yield first, end
+            yield first, end, b""
+
+
+@functools.lru_cache(maxsize=1)
+def data_pattern(short: int, gap: int) -> Any:
+    """Finds runs of DATA in states: one that is not short, or several short ones.
+
+    short   clusters from which on a run stands alone
+    gap     clusters that may lie between two short ones
+    """
+    if short <= 1 or not gap:
+        return re.compile(b"\x01+")
+    return re.compile(
+        b"\x01{%d,}|\x01+(?:[^\x01]{1,%d}\x01{1,%d}(?!\x01))*" % (short, gap, short - 1)
+    )
 
 
 _DIGIT_OF_DATA = bytes(ord("1") if state == DATA else ord("0") for state in range(256))
@@ -1325,7 +1348,6 @@ _DIGIT_OF_ZERO = bytes(ord("1") if state == ZERO else ord("0") for state in rang
 _DATA_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, DATA)))
 _ZERO_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, ZERO)))
 _PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03", re.DOTALL)
-_DATA_RUN = re.compile(b"\x01+")
 
 
 def joined(ranges: Iterable[Range]) -> Iterator[Range]:
@@ -1423,8 +1445,8 @@ class ZeroProbe(NamedTuple):
             if buffer.startswith(zeros(length)):
                 flags += b"\1" * (stop - start)
             else:
-                blank, is_zeros = zeros(cluster_size), buffer.startswith
-                flags += bytes([is_zeros(blank, at) for at in range(0, length, cluster_size)])
+                blank = itertools.repeat(zeros(cluster_size))
+                flags += bytes(map(buffer.startswith, blank, range(0, length, cluster_size)))
         return flags
 
     def _zero_heads(
@@ -2397,15 +2419,19 @@ def write_image(
     output.flush()
 
 
-def data_pieces(cluster_map: ClusterMap, cluster_size: int) -> Iterator[Range]:
-    """The byte ranges of the data clusters, in guest order, cut to at most COPY_SIZE."""
-    for first, end in cluster_map.data_runs():
-        stop = end * cluster_size
-        if stop - first * cluster_size <= COPY_SIZE:
-            yield first * cluster_size, stop
-        else:
-            for start in range(first * cluster_size, stop, COPY_SIZE):
-                yield start, min(start + COPY_SIZE, stop)
+def data_pieces(cluster_map: ClusterMap, cluster_size: int) -> Iterator[Tuple[int, int, bytes]]:
+    """(start, end, states): byte ranges with data in guest order, cut to a handy size.
+
+    states  empty if all of it is data; else many short runs lie close together, and this is
+            the state of each cluster
+    """
+    runs = cluster_map.data_runs(SENDFILE_MIN // cluster_size, (GATHER_GAP - 1) // cluster_size)
+    for first, end, states in runs:
+        step = max(1, (WRITE_SIZE if states else COPY_SIZE) // cluster_size)
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            some = states[start - first : stop - first]
+            yield start * cluster_size, stop * cluster_size, some
 
 
 class ReadAhead:
@@ -2414,9 +2440,11 @@ class ReadAhead:
     What is in memory already is not asked for.
     """
 
-    def __init__(self, source: Source, ranges: Iterator[Range], readers: Readers) -> None:
+    def __init__(
+        self, source: Source, pieces: Iterator[Tuple[int, int, bytes]], readers: Readers
+    ) -> None:
         self._source = source
-        self._ranges = ranges
+        self._pieces = pieces
         self._readers = readers
         self._asked = 0  # guest offset up to which everything was asked for
         self._is_proven = self._is_in_vain = False
@@ -2429,7 +2457,7 @@ class ReadAhead:
             return
         batch = []  # type: List[Range]
         while self._asked < position + READ_AHEAD:
-            start, self._asked = next(self._ranges, (0, sys.maxsize))
+            start, self._asked, _ = next(self._pieces, (0, sys.maxsize, b""))
             if self._asked < sys.maxsize:
                 batch.append((start, self._asked))
         samples = batch[:: max(1, len(batch) // 8)] + batch[-1:]
@@ -2470,37 +2498,28 @@ def copy_data(
     """Write the data clusters, in guest order.
 
     Long runs go straight from descriptor to descriptor. Short ones that lie close together
-    are read in one call and written in one.
+    are read in one call, with what is between them, and written in one.
     """
     # The kernel's own guess would also fetch what lies between two runs.
     source.expect_reads("NORMAL" if readers.count == 1 or readers.experience.is_far else "RANDOM")
     read_ahead = ReadAhead(source, data_pieces(cluster_map, cluster_size), readers)
-    gathered = []  # type: List[Range]
-    for start, stop in data_pieces(cluster_map, cluster_size):
-        is_short = stop - start < SENDFILE_MIN
-        if gathered and not (
-            is_short
-            and start - gathered[-1][1] < GATHER_GAP
-            and stop - gathered[0][0] <= WRITE_SIZE
-        ):
-            copy_gathered(output, source, gathered, readers.scratch.data)
-            gathered = []
-        if is_short:
-            gathered.append((start, stop))
-        else:
-            read_ahead.advance(start)
+    for start, stop, states in data_pieces(cluster_map, cluster_size):
+        read_ahead.advance(start)
+        if not states and stop - start >= SENDFILE_MIN:
             copy_range(output, source, start, stop)
-    if gathered:
-        copy_gathered(output, source, gathered, readers.scratch.data)
+            continue
+        data = read_clusters(source, start, stop, 1, readers.scratch.data)
+        if states:
+            chosen = itertools.compress(cluster_slices(cluster_size), states.translate(_IS_DATA))
+            output.write(b"".join(map(data.__getitem__, chosen)))
+        else:
+            output.write(bytes(memoryview(data)[: stop - start]))
 
 
-def copy_gathered(
-    output: Output, source: Source, ranges: Sequence[Range], buffer: bytearray
-) -> None:
-    """Write several byte ranges that lie close together: one read for all of them."""
-    base = ranges[0][0]
-    view = memoryview(read_clusters(source, base, ranges[-1][1], 1, buffer))
-    output.write(b"".join([view[start - base : end - base] for start, end in ranges]))
+@functools.lru_cache(maxsize=1)
+def cluster_slices(cluster_size: int) -> List[slice]:
+    """The places of the clusters in a buffer of WRITE_SIZE bytes."""
+    return [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
 
 
 def copy_range(output: Output, source: Source, start: int, end: int) -> None:
