@@ -24,6 +24,12 @@ through five rooms, one after the other, and the file below is arranged in the s
 The format is specified in QEMU's docs/interop/qcow2.rst, called "the specification" below.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until main() catches it: Ctrl-C while the rest is imported shall not end in a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -34,7 +40,6 @@ import math
 import operator
 import os
 import re
-import signal
 import stat
 import struct
 import sys

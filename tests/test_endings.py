@@ -11,7 +11,15 @@ from typing import Any, Callable
 import pytest
 from support.disks import Recipe, noise, write_disk
 from support.fuse import FuseDisk
-from support.program import TIMEOUT, Result, assert_failed, command, run, start
+from support.program import (
+    TIMEOUT,
+    Result,
+    assert_failed,
+    command,
+    run,
+    start,
+    wait_until_it_catches,
+)
 
 
 @pytest.fixture
@@ -41,7 +49,8 @@ def test_a_signal_ends_it_by_that_signal(
 ) -> None:
     if phase == "scan":
         program = start(fuse_disk(disk, latency=0.5, direct=True).path)
-        time.sleep(0.3)
+        wait_until_it_catches(program, signum)
+        time.sleep(0.1)
     else:
         program = start(disk)
         program.stdout.read(1)

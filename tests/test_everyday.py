@@ -31,6 +31,7 @@ from support.program import (
     run,
     start,
     stream,
+    wait_until_it_catches,
 )
 
 MIB = 1 << 20
@@ -169,7 +170,8 @@ def test_progress_in_a_log_is_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [[], ["-p"]])
 def test_sigusr1_prints_one_line_in_both_phases(slow: Path, options: List[str]) -> None:
     program = start(slow, *options, bufsize=0)
-    time.sleep(0.5)
+    wait_until_it_catches(program, signal.SIGUSR1)
+    time.sleep(0.3)
     program.send_signal(signal.SIGUSR1)
     scan = program.stderr.readline().decode()
     assert re.fullmatch(LINE + r"\n", scan), scan

@@ -28,10 +28,12 @@ from support.program import (
     TIMEOUT,
     Result,
     assert_failed,
+    catches,
     command,
     run,
     start,
     stream,
+    wait_until_it_catches,
 )
 
 MIB = 1 << 20
@@ -280,20 +282,42 @@ def test_a_reader_that_dawdles(disk: Path) -> None:
 
 
 def test_every_signal_at_random_moments(disk: Path) -> None:
+    """From the moment on that the program runs: before that, Python itself is starting."""
     dice = random.Random(4)
-    expected = stream(disk)
+    ways: List[List[str]] = [[], ["-p"], ["-m", "1"], ["-c", "512"]]
+    expected = [run(disk, *way).stdout for way in ways]
     for turn in range(40):
         signum = dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-        program = start(disk, *dice.choice([[], ["-p"], ["-m", "1"], ["-c", "512"]]))
-        threading.Timer(dice.random() * 0.25, program.send_signal, [signum]).start()
+        way = dice.randrange(len(ways))
+        program = start(disk, *ways[way])
+        wait_until_it_catches(program, signal.SIGUSR1)
+        threading.Timer(dice.random() * 0.15, program.send_signal, [signum]).start()
         result = finish(program)
         if result.status == 0:
-            assert len(result.stdout) >= len(expected) // 2, turn
+            assert result.stdout == expected[way], turn
         else:
-            assert result.status == -signum, (turn, result)
-        if result.stdout:  # else Python itself may still have been starting
-            lines = [line for line in result.stderr.splitlines() if not line.startswith("disk ")]
-            assert all("%" in line or not line for line in lines), (turn, result.stderr)
+            assert result.status == -signum != -signal.SIGUSR1, (turn, result.status, result.stderr)
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("disk ")]
+        assert all("%" in line or not line for line in lines), (turn, result.stderr)
+
+
+def test_an_interrupt_while_modules_are_imported(disk: Path) -> None:
+    """Between Python's own start and main(): no traceback either."""
+    hits = 0
+    for _ in range(60):
+        program = start(disk)
+        while not catches(program, signal.SIGINT):  # Python's own handler
+            pass
+        while catches(program, signal.SIGINT):
+            pass
+        was_early = not catches(program, signal.SIGTERM)
+        program.send_signal(signal.SIGINT)
+        result = finish(program)
+        assert (result.status, result.stderr) == (-signal.SIGINT, "")
+        hits += was_early
+        if hits == 3:
+            return
+    pytest.fail("no interrupt came in time")
 
 
 def test_stop_and_continue(disk: Path) -> None:

@@ -10,7 +10,15 @@ from typing import Callable, List
 import pytest
 from support.disks import Recipe, noise, write_disk
 from support.fuse import FuseDisk
-from support.program import TIMEOUT, assert_failed, command, run, start, stream
+from support.program import (
+    TIMEOUT,
+    assert_failed,
+    command,
+    run,
+    start,
+    stream,
+    wait_until_it_catches,
+)
 
 MIB = 1 << 20
 
@@ -159,7 +167,8 @@ def test_an_interrupt_ends_it_while_readers_wait(
 ) -> None:
     raw = write_disk(tmp_path / "disk.raw", 64 * MIB, [(0, bytes(64 * MIB))])
     program = start(fuse_disk(raw, latency=1.0, direct=True).path)
-    time.sleep(2.5)
+    wait_until_it_catches(program, signal.SIGTERM)
+    time.sleep(2)
     program.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert program.wait(TIMEOUT) == -signal.SIGTERM

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
@@ -68,6 +69,22 @@ def start(*arguments: Argument, python: Optional[str] = None, **options: Any) ->
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
     return subprocess.Popen(command(*arguments, python=python), **options)
+
+
+def catches(program: Any, signum: int) -> bool:
+    """Whether a running program has a handler for a signal. Not once it has ended."""
+    try:
+        lines = Path(f"/proc/{program.pid}/status").read_text().splitlines()
+    except ProcessLookupError:
+        return False
+    masks = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
+    return any(int(mask, 16) >> (signum - 1) & 1 for mask in masks)
+
+
+def wait_until_it_catches(program: Any, signum: int) -> None:
+    """Wait until Python has started and the program handles a signal, or is over already."""
+    while program.poll() is None and not catches(program, signum):
+        time.sleep(0.001)
 
 
 def assert_refused(result: Result, *words: str, status: int = 1) -> None:
