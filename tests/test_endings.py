@@ -69,6 +69,17 @@ def test_an_ignored_signal_stays_ignored(disk: Path) -> None:
     assert finish(program).status == 0
 
 
+def test_an_ignored_sigusr1_stays_ignored(disk: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    program = start(disk, preexec_fn=ignore)
+    program.stdout.read(1)
+    program.send_signal(signal.SIGUSR1)
+    result = finish(program)
+    assert (result.status, result.stderr) == (0, "")
+
+
 def test_a_full_device(disk: Path) -> None:
     with open("/dev/full", "wb") as full:
         result = finish(start(disk, stdout=full))

@@ -25,6 +25,7 @@ from support.program import (
     PROGRAM,
     ROOT,
     TIMEOUT,
+    Result,
     assert_failed,
     assert_refused,
     command,
@@ -328,6 +329,31 @@ def test_a_layout_that_comes_late_on_a_descriptor_that_does_not_block(tmp_path: 
     image, stderr = program.communicate(timeout=TIMEOUT)
     assert (program.returncode, stderr) == (0, b"")
     assert list(read_image(io.BytesIO(image)).data) == [0]
+
+
+def test_input_that_comes_late_on_a_descriptor_that_does_not_block() -> None:
+    disk = noise(3 * 65536)
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    program = start("-", "--size", str(len(disk)), stdin=reader)
+    os.close(reader)
+    for at in range(0, len(disk), 65536):
+        time.sleep(0.1)
+        os.write(writer, disk[at : at + 65536])
+    os.close(writer)
+    image, stderr = program.communicate(timeout=TIMEOUT)
+    assert (program.returncode, stderr) == (0, b"")
+    assert image == stream("-", "--size", str(len(disk)), stdin=disk)
+
+
+def test_input_that_cannot_be_read() -> None:
+    unreadable = os.open(os.devnull, os.O_WRONLY)
+    try:
+        program = start("-", "--size", "1M", stdin=unreadable)
+    finally:
+        os.close(unreadable)
+    image, stderr = program.communicate(timeout=TIMEOUT)
+    assert_failed(Result(program.returncode, image, stderr.decode()), "cannot read", "descriptor")
 
 
 STREAM_MISUSE = [

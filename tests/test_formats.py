@@ -17,6 +17,7 @@ from support.disks import noise, write_disk
 from support.program import (
     TIMEOUT,
     Result,
+    altered,
     assert_refused,
     command,
     run,
@@ -482,6 +483,31 @@ def test_no_fuse_device(dense_vmdk: Path) -> None:
         [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
     )
     assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "no /dev/fuse")
+
+
+def test_without_the_system_call_a_mount_goes_by_the_helper(
+    tmp_path: Path, dense_vmdk: Path
+) -> None:
+    poor = altered(tmp_path, "import sys\nsys.modules['ctypes'] = None\n")
+    assert stream("-f", "vmdk", dense_vmdk, env={**poor}) == stream("-f", "vmdk", dense_vmdk)
+
+
+def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", "1M")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "qemu-img").write_text("#!/bin/sh\necho nonsense\n")
+    (folder / "qemu-img").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    assert_refused(run("-f", "qcow2", image, env={**os.environ, "PATH": path}), "no JSON")
+
+
+@pytest.mark.parametrize("size", [100_000, 65536 * 3 + 1])
+def test_a_raw_backing_file_that_ends_within_a_sector(tmp_path: Path, size: int) -> None:
+    backing = tmp_path / "base.raw"
+    backing.write_bytes(noise(size))
+    image = create(tmp_path / "a.qcow2", "1M", "-b", str(backing), "-F", "raw")
+    assert stream("-f", "qcow2", image) == stream(as_raw(image))
 
 
 def test_a_changed_file_behind_an_option_string(tmp_path: Path) -> None:

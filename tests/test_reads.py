@@ -12,6 +12,7 @@ from support.disks import Recipe, noise, write_disk
 from support.fuse import FuseDisk
 from support.program import (
     TIMEOUT,
+    altered,
     assert_failed,
     command,
     run,
@@ -120,7 +121,7 @@ def test_the_same_bytes_from_a_far_source(
 
 
 SHORT = """
-import os, runpy, sys
+import os
 
 def shortened(call):
     def short(fd, buffers, *rest):
@@ -132,8 +133,6 @@ os.pread = lambda fd, length, offset: pread(fd, min(length, 5000), offset)
 os.sendfile = lambda out, fd, offset, count: sendfile(out, fd, offset, min(count, 5000))
 if hasattr(os, "preadv"):
     os.preadv = shortened(os.preadv)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -141,10 +140,9 @@ def test_short_reads_are_read_to_their_end(tmp_path: Path) -> None:
     # A FUSE file can't show this: the kernel takes a short answer for the file's end.
     raw = Recipe(3 * MIB, [(0, "every4096", 2 * MIB)]).write(tmp_path / "disk.raw")
     base = Recipe(3 * MIB, [(0, "every65536", 2 * MIB)]).write(tmp_path / "base.raw")
+    short = altered(tmp_path, SHORT)
     for options in ([], ["-c", "2M"], ["--diff", str(base)]):
-        python, *words = [str(word) for word in command(raw, *options)]
-        done = subprocess.run([python, "-c", SHORT, *words], stdout=subprocess.PIPE, check=True)
-        assert done.stdout == stream(raw, *options)
+        assert stream(raw, *options, env=short) == stream(raw, *options)
 
 
 @pytest.mark.parametrize("readers", ["1", "4"])
@@ -199,21 +197,52 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     assert peak_memory(str(much)) - peak_memory(str(few)) < 8 * MIB
 
 
-def test_a_system_that_starts_no_thread(tmp_path: Path) -> None:
-    raw = DISKS["zeros"].write(tmp_path / "disk.raw")
-    script = (
-        "import runpy, sys, threading\n"
-        'def refuse(self): raise RuntimeError("can\'t start new thread")\n'
+SYSTEMS = {
+    "starts no thread": (
+        "import threading\n"
+        "def refuse(self): raise RuntimeError('can\\'t start new thread')\n"
         "threading.Thread.start = refuse\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    program, *arguments = command(raw)
-    done = subprocess.run(
-        [str(program), "-c", script, *[str(word) for word in arguments]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == stream(raw)
+    ),
+    "starts two threads": (
+        "import threading\n"
+        "start, started = threading.Thread.start, []\n"
+        "def once(self):\n"
+        "    started.append(self)\n"
+        "    if len(started) > 2: raise RuntimeError('can\\'t start new thread')\n"
+        "    start(self)\n"
+        "threading.Thread.start = once\n"
+    ),
+    "has no preadv": "import os\ndel os.preadv\n",
+    "has no RWF_NOWAIT": "import os\ndel os.RWF_NOWAIT\n",
+    "knows no holes": "import os\ndel os.SEEK_DATA\ndel os.SEEK_HOLE\n",
+    "refuses to look for holes": (
+        "import errno, os\n"
+        "lseek = os.lseek\n"
+        "def refuse(fd, at, how):\n"
+        "    if how in (os.SEEK_DATA, os.SEEK_HOLE): raise OSError(errno.EINVAL, 'no')\n"
+        "    return lseek(fd, at, how)\n"
+        "os.lseek = refuse\n"
+    ),
+    "has no sendfile": "import os\ndel os.sendfile\n",
+    "refuses sendfile": (
+        "import errno, os\n"
+        "def refuse(*rest): raise OSError(errno.EINVAL, 'no')\n"
+        "os.sendfile = refuse\n"
+    ),
+    "takes no advice": "import os\ndel os.posix_fadvise, os.POSIX_FADV_RANDOM\n"
+    "del os.POSIX_FADV_NORMAL, os.POSIX_FADV_WILLNEED\n",
+    "is not Linux": "import sys\nsys.platform = 'freebsd14'\n",
+    "tells nothing of a pipe": (
+        "import fcntl\ndef refuse(*rest): raise OSError(25, 'no')\nfcntl.ioctl = refuse\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_same_bytes_from_a_system_that(tmp_path: Path, system: str) -> None:
+    poor = altered(tmp_path, SYSTEMS[system])
+    base = DISKS["mixed"].write(tmp_path / "base.raw")
+    for name, recipe in DISKS.items():
+        raw = recipe.write(tmp_path / f"{name}.raw")
+        for options in ([], ["--diff", str(base)], ["-c", "512"]):
+            assert stream(raw, *options, env=poor) == stream(raw, *options)

@@ -108,6 +108,13 @@ def test_an_output_that_is_the_input(disk: Path, link: str, mode: str) -> None:
     assert disk.read_bytes() == before
 
 
+def test_an_empty_device() -> None:
+    needs(os.geteuid() == 0, "root and loop devices")
+    free = subprocess.check_output(["losetup", "--find"], text=True).strip()
+    needs(Path(free).exists(), "a loop device that shows nothing")
+    assert_refused(run(free), free, "empty")
+
+
 @pytest.mark.parametrize("way", ["device to file", "file to device", "device to device"])
 @pytest.mark.parametrize("mode", ["r+b", "ab"])
 def test_an_output_that_the_input_lies_on(
@@ -215,6 +222,8 @@ def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
         (["-c", "-512", "x"], "-c"),
         (["-r", "3", "x"], "1, 2, 4, 8, 16, 32 or 64"),
         (["-r", "016", "x"], "1, 2, 4, 8, 16, 32 or 64"),
+        (["-m", "0", "x"], "1 to 64"),
+        (["-m", "65", "x"], "1 to 64"),
         (["--cluster", "512", "x"], "--cluster"),
         (["x", "y"], "y"),
     ],

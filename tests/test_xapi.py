@@ -174,6 +174,7 @@ DESCRIPTORS = {
     "an entry that is cut": (b'[{"start": 0, "len', "entry 0"),
     "negative": (b'[{"start": 0, "length": -1, "depth": 0, "zero": false, "data": true}]', "-1"),
     "an object": (b'{"start": 0}', "not"),
+    "no truth values": (b'[{"start": 0, "length": 1, "data": 1, "zero": 0}]', "entry 0"),
 }
 
 
@@ -211,6 +212,17 @@ def test_without_descriptors_it_is_the_raw_disk(tmp_path: Path) -> None:
     vdi = make_vdi(tmp_path, "disk", 4 * MIB, WRITES[:2], 65536)
     assert json.loads(vdi.info)["virtual-size"] == 4 * MIB
     assert imported(stream(vdi.raw)).over() == vdi.raw.read_bytes()
+
+
+def test_a_map_without_its_info(tmp_path: Path) -> None:
+    vdi = make_vdi(tmp_path, "disk", 4 * MIB, WRITES[:3], 65536)
+    reader, writer = os.pipe()
+    threading.Thread(target=write_all, args=(writer, vdi.map)).start()
+    try:
+        image = stream(vdi.raw, "--json-header-map", str(reader), pass_fds=[reader])
+    finally:
+        os.close(reader)
+    assert imported(image).over() == vdi.raw.read_bytes()
 
 
 def test_a_map_that_does_not_tell_of_all_is_not_believed(tmp_path: Path) -> None:

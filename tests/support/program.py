@@ -27,7 +27,8 @@ class Result(NamedTuple):
 def command(*arguments: Argument, python: Optional[str] = None) -> List[Argument]:
     """The argument list that runs the program."""
     if COVERAGE and python is None:
-        measured = ["-m", "coverage", "run", "--branch", "-p", f"--data-file={COVERAGE}/data"]
+        covered = Path(__file__).with_name("covered.py")
+        measured = [str(covered), "run", "--branch", "-p", f"--data-file={COVERAGE}/data"]
         return [PYTHON, *measured, str(PROGRAM), *arguments]
     return [python or PYTHON, str(PROGRAM), *arguments]
 
@@ -69,6 +70,12 @@ def start(*arguments: Argument, python: Optional[str] = None, **options: Any) ->
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
     return subprocess.Popen(command(*arguments, python=python), **options)
+
+
+def altered(folder: Path, code: str) -> Dict[str, str]:
+    """The environment of a system that is not like this one: Python runs some code first."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 def catches(program: Any, signum: int) -> bool:
