@@ -548,7 +548,7 @@ class RawSource(Source):
     """A disk whose guest bytes lie in one file, each at its own offset."""
 
     def __init__(
-        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[List[Range]] = None
+        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[Iterable[Range]] = None
     ) -> None:
         """The disk in a file.
 
@@ -1704,28 +1704,48 @@ MAX_DIGITS = 24  # of an integer: int() of a million digits would take minutes
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class RangeList:
+    """Byte ranges, perhaps overlapping, that come sorted: 16 bytes for each of perhaps millions."""
+
+    def __init__(self) -> None:
+        self._starts, self._ends = array("Q"), array("Q")
+        self._is_sorted = True
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Range]:
+        if not self._is_sorted:
+            pairs = sorted(zip(self._starts, self._ends))
+            self._starts, self._ends = (array("Q", column) for column in zip(*pairs))
+            self._is_sorted = True
+        return zip(self._starts, self._ends)
+
+    def add(self, start: int, end: int) -> None:
+        """Add a range, or make the last one longer: producers cut long extents into objects."""
+        if self._ends and self._ends[-1] == start:
+            self._ends[-1] = end
+            return
+        self._is_sorted = self._is_sorted and not (self._starts and start < self._starts[-1])
+        self._starts.append(start)
+        self._ends.append(end)
+
+
 class Layout(NamedTuple):
-    """What a layout says, in bytes of the guest's disk: sorted, perhaps overlapping.
+    """What a layout says, in bytes of the guest's disk.
 
     data    ranges that may hold data
     zeros   ranges that are known to be zeros now
     """
 
-    data: List[Range]
-    zeros: List[Range]
+    data: RangeList
+    zeros: RangeList
 
     def all(self) -> Iterator[Range]:
         """Both, in order of their starts."""
         import heapq
 
         return heapq.merge(self.data, self.zeros)
-
-
-def json_text(raw: bytes, what: str) -> str:
-    """JSON as text; raises Error for more than any real one has."""
-    if len(raw) > MAX_JSON_BYTES:
-        raise Error(f"{what} is longer than {MAX_JSON_BYTES >> 20} MiB; that is no list of extents")
-    return raw.decode("utf-8", "surrogateescape")
 
 
 def json_decoder() -> Any:
@@ -1850,11 +1870,11 @@ def _is_whole(value: Any) -> bool:
 
 
 def read_layout(
-    raw: bytes, what: str, size: int, overlay: bool, only: Optional[Dialect] = None
+    text: str, what: str, size: int, overlay: bool, only: Optional[Dialect] = None
 ) -> Layout:
     """Understand a layout in any of the dialects.
 
-    raw      the JSON
+    text     the JSON
     what     its name in messages
     size     of the disk, in bytes
     overlay  whether the image has a backing file, so that deeper layers have not changed
@@ -1862,9 +1882,9 @@ def read_layout(
 
     Raises Error that names the first entry that makes no sense.
     """
-    layout = Layout([], [])
+    layout = Layout(RangeList(), RangeList())
     dialect = only
-    for index, entry in enumerate(json_entries(json_text(raw, what), what)):
+    for index, entry in enumerate(json_entries(text, what)):
         label = f"{what}: entry {index}"
         if not isinstance(entry, dict):
             raise Error(f"{label} is not an object with a start and a length")
@@ -1882,9 +1902,8 @@ def read_layout(
                 f"{label} is not what {dialect.name} writes: {quoted(ascii(rest)[:80])}"
             ) from error
         if kind and length:
-            _add_range(layout.data if kind == "data" else layout.zeros, start, start + length, size)
-    layout.data.sort()  # takes no time where the producer has done it
-    layout.zeros.sort()
+            ranges = layout.data if kind == "data" else layout.zeros
+            ranges.add(start, min(start + length, size))
     return layout
 
 
@@ -1897,14 +1916,6 @@ def _whole_number(entry: Dict[str, Any], key: str, label: str) -> int:
     return int(value)
 
 
-def _add_range(ranges: List[Range], start: int, end: int, size: int) -> None:
-    """Add a range, or make the last one longer: producers cut long extents into objects."""
-    end = min(end, size)
-    if ranges and ranges[-1][1] == start:
-        start = ranges.pop()[0]
-    ranges.append((start, end))
-
-
 class DiskInfo(NamedTuple):
     """What `qemu-img info --output=json` says: virtual size and cluster size (or None)."""
 
@@ -1912,18 +1923,21 @@ class DiskInfo(NamedTuple):
     cluster_size: Optional[int]
 
 
-def read_info(raw: bytes, what: str) -> DiskInfo:
+def read_info(text: str, what: str) -> DiskInfo:
     """Understand `qemu-img info --output=json`. Raises Error where it isn't that."""
-    text = json_text(raw, what).strip()
+    text = text.strip()
     try:
         info, end = json_decoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
         raise Error(f"{what} is not JSON") from error
     if not isinstance(info, dict) or text[end:]:
         raise Error(f"{what} is not what qemu-img info writes")
+    virtual_size = _whole_number(info, "virtual-size", what)
+    if virtual_size >= 1 << 63:
+        raise Error(f"{what}: its 'virtual-size' of {virtual_size} bytes is more than any disk has")
     cluster_size = info.get("cluster-size")
     return DiskInfo(
-        _whole_number(info, "virtual-size", what),
+        virtual_size,
         cluster_size if _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES else None,
     )
 
@@ -2847,8 +2861,8 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
             raise Error(message)
 
 
-def read_json_source(name: str, option: str) -> bytes:
-    """The content of a layout file, of standard input, or of a descriptor by its number."""
+def read_json_source(name: str, option: str, what: str) -> str:
+    """The text of a layout file, of standard input, or of a descriptor by its number."""
     file = 0 if name == "-" else name  # type: Union[int, str]
     if option.startswith("--json-header"):
         if not re.match(r"\d{1,9}\Z", name):
@@ -2856,10 +2870,13 @@ def read_json_source(name: str, option: str) -> bytes:
         file = int(name)
     try:
         with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
-            return read_all(opened, MAX_JSON_BYTES + 1)
+            raw = read_all(opened, MAX_JSON_BYTES + 1)
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise Error(f"{option}: cannot read {quoted(name)}: {why}") from error
+    if len(raw) > MAX_JSON_BYTES:
+        raise Error(f"{what} is longer than {MAX_JSON_BYTES >> 20} MiB; that is no list of extents")
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def read_all(file: Any, limit: int) -> bytes:
@@ -2886,7 +2903,7 @@ class KnownDisk(NamedTuple):
     """
 
     info: Optional[DiskInfo]
-    ranges: Optional[List[Range]]
+    ranges: Optional[RangeList]
     is_whole: bool
 
 
@@ -2897,9 +2914,9 @@ def read_known_disk(
     info = None
     # The map first: whoever writes both to pipes may do so in this order.
     map_option, info_option = (f"--json-header-{suffix}{kind}" for kind in ("map", "info"))
-    map_json = b"" if map_fd is None else read_json_source(map_fd, map_option)
+    map_json = "" if map_fd is None else read_json_source(map_fd, map_option, map_option)
     if info_fd is not None:
-        info = read_info(read_json_source(info_fd, info_option), info_option)
+        info = read_info(read_json_source(info_fd, info_option, info_option), info_option)
     if map_fd is None:
         return KnownDisk(info, None, False)
     if info is None:
@@ -2908,9 +2925,13 @@ def read_known_disk(
     else:
         size = info.virtual_size
     layout = read_layout(map_json, map_option, size, False, QEMU_ALLOCATION)
-    told = joined(layout.all())
-    gaps = [(start, end) for start, end, (known,) in sweep(size, told) if known is None]
-    return KnownDisk(info, list(joined(sorted(layout.data + gaps))), not gaps)
+    stored, gaps = RangeList(), RangeList()
+    for start, end, (told,) in sweep(size, joined(layout.all())):
+        if told is None:
+            gaps.add(start, end)
+    for start, end in joined(Layout(layout.data, gaps).all()):
+        stored.add(start, end)
+    return KnownDisk(info, stored, not gaps)
 
 
 class Sources(NamedTuple):
@@ -2954,7 +2975,7 @@ def open_disk(
     image: ImageName,
     resources: contextlib.ExitStack,
     size: Optional[int],
-    ranges: Optional[List[Range]],
+    ranges: Optional[Iterable[Range]],
 ) -> Source:
     """Open a disk of any format; size and ranges: see RawSource."""
     if image.name == "-" and not image.is_options:
@@ -2984,13 +3005,12 @@ def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry
         zeros = UNALLOCATED if sources.base is None else DATA
     if options.layout is not None:
         what = f"layout {quoted(options.layout)}"
-        raw = read_json_source(options.layout, "--layout")
-        layout = read_layout(raw, what, geometry.virtual_size, overlay)
+        text = read_json_source(options.layout, "--layout", what)
+        layout = read_layout(text, what, geometry.virtual_size, overlay)
         if overlay and sources.disk.size < geometry.virtual_size:
             # No layout speaks of the zeros that fill the last sector; a longer backing file
             # has other bytes there.
-            layout.data.append((sources.disk.size, geometry.virtual_size))
-            layout.data.sort()
+            layout.data.add(sources.disk.size, geometry.virtual_size)
         if options.trust_layout or options.input == "-":
             return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
         return layout_steps(sources.disk, layout, zeros, count, size)

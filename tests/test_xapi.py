@@ -174,6 +174,7 @@ DESCRIPTORS = {
     "an entry that is cut": (b'[{"start": 0, "len', "entry 0"),
     "negative": (b'[{"start": 0, "length": -1, "depth": 0, "zero": false, "data": true}]', "-1"),
     "an object": (b'{"start": 0}', "not"),
+    "a size beyond all": (b'{"virtual-size": 1' + b"0" * 22 + b"}", "not"),
     "no truth values": (b'[{"start": 0, "length": 1, "data": 1, "zero": 0}]', "entry 0"),
 }
 
