@@ -36,7 +36,6 @@ import contextlib
 import errno
 import functools
 import itertools
-import math
 import operator
 import os
 import re
@@ -261,36 +260,41 @@ _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
+LOOP_GET_STATUS64, LOOP_INFO_SIZE = 0x4C05, 232  # Linux's, from its loop.h
 
 
 class DiskFile:
     """A regular file or block device, opened for reading only.
 
     name    as the user gave it
+    path    the same without symbolic links
     fd      its descriptor
     size    in bytes, when it was opened
     """
 
     can_sendfile = True
 
-    def __init__(self, path: str, shows: Optional[str] = None) -> None:
+    def __init__(self, path: str, name: Optional[str] = None, is_export: bool = False) -> None:
         """Open path. Raises Error if it is missing, unreadable or nothing that holds a disk.
 
-        shows   the name of the image that path is a FUSE export of. An export answers the
-                current time for its own: whether the image has changed is asked elsewhere.
+        is_export   it is a FUSE export, which answers the current time for its own: whether the
+                    image has changed is asked elsewhere
         """
-        self.name = name = shows or path
-        self._is_export = shows is not None
+        self.name = name = path if name is None else name
+        self.path = os.path.realpath(path)
+        self._is_export = is_export
         try:
             # Look before opening: to open a FIFO would wait for its other end.
             self._refuse_unless_disk(os.stat(path).st_mode)
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._found = os.fstat(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            self.is_regular = stat.S_ISREG(self._found.st_mode)
+            if not self.size and self.is_regular and os.pread(self.fd, 1, 0):
+                raise Error(f"cannot read {quoted(name)}: it says that it is empty, but is not")
         except (OSError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise Error(f"cannot open {quoted(name)}: {why}") from error
-        self.is_regular = stat.S_ISREG(self._found.st_mode)
         if not self.size and stat.S_ISBLK(self._found.st_mode):
             raise Error(f"cannot read {quoted(name)}: the device is empty; attach what it shows")
 
@@ -318,10 +322,6 @@ class DiskFile:
     def identity(self) -> Tuple[int, ...]:
         """Equal for two names of one file or one device, different otherwise."""
         return file_identity(self._found)
-
-    def layers_below(self) -> List[Tuple[int, ...]]:
-        """Its identity, and those of all devices that it lies on."""
-        return list(layers_below(self._found))
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill all of view from offset on, in as many calls as the system wants.
@@ -448,35 +448,53 @@ class DiskFile:
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
-    """What tells one file or device from another, whatever name it goes by.
+    """What tells one file or device from another: (device number,), or (file system, inode)."""
+    if stat.S_ISBLK(status.st_mode):
+        return (status.st_rdev,)
+    return (status.st_dev, status.st_ino)
 
-    A loop device is the file that it shows.
+
+def layers_below(identity: Tuple[int, ...]) -> Iterator[Tuple[int, ...]]:
+    """The identities of a file or device and of all that it lies on, on Linux.
+
+    A loop device lies on what it shows, a partition on its disk, a mapped device on its slaves.
     """
-    if not stat.S_ISBLK(status.st_mode):
-        return (status.st_dev, status.st_ino)
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(_sys_folder(status.st_rdev), "loop/backing_file")) as file:
-            backing = os.stat(file.read().rstrip("\n"))
-        return file_identity(backing)
-    return (status.st_rdev,)
-
-
-def layers_below(status: os.stat_result) -> Iterator[Tuple[int, ...]]:
-    """The identities of a file or device and of all devices that it lies on, on Linux.
-
-    A partition lies on its disk, a mapped device on its slaves.
-    """
-    yield file_identity(status)
-    if not stat.S_ISBLK(status.st_mode):
+    yield identity
+    if len(identity) > 1:
         return
-    folder = os.path.realpath(_sys_folder(status.st_rdev))
+    shown = shown_by_loop(identity)
+    if shown != identity:
+        yield from layers_below(shown)
+    folder = os.path.realpath(_sys_folder(identity[0]))
     below = [os.path.dirname(folder)] if os.path.exists(os.path.join(folder, "partition")) else []
     with contextlib.suppress(OSError):
         slaves = os.path.join(folder, "slaves")
         below += [os.path.join(slaves, name) for name in os.listdir(slaves)]
     for each in below:
-        with contextlib.suppress(OSError):
-            yield from layers_below(os.stat("/dev/" + os.path.basename(os.path.realpath(each))))
+        with contextlib.suppress(OSError), open(os.path.join(each, "dev")) as file:
+            major, minor = map(int, file.read().split(":"))
+            yield from layers_below((os.makedev(major, minor),))
+
+
+def shown_by_loop(identity: Tuple[int, ...]) -> Tuple[int, ...]:
+    """The identity of the file or device that a loop device shows; of anything else, its own.
+
+    The device itself is asked: a name of its file may lead elsewhere by now.
+    """
+    folder = _sys_folder(identity[0])
+    if len(identity) > 1 or not os.path.exists(os.path.join(folder, "loop")):
+        return identity
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        device = os.open("/dev/" + os.path.basename(os.path.realpath(folder)), os.O_RDONLY)
+        try:
+            answer = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
+        finally:
+            os.close(device)
+        place, inode, number = struct.unpack_from("QQQ", answer)  # number: if it is a device
+        return (place, inode) if number in (0, place) else (number,)
+    return identity
 
 
 def _sys_folder(device: int) -> str:
@@ -501,8 +519,11 @@ class Extent(NamedTuple):
 
     @property
     def place(self) -> Tuple[Any, ...]:
-        """Equal for extents that show the same bytes of the same file at the same address."""
-        return (self.file.identity, self.offset - self.start)
+        """Equal for extents that show the same bytes of the same file at the same address.
+
+        By its path as well: not every file system gives two files two numbers.
+        """
+        return (self.file.path, self.file.identity, self.offset - self.start)
 
 
 class Source:
@@ -730,13 +751,10 @@ class Experience:
         self.is_slow = False
         self.is_far = False
 
-    def learn(self, mean: float, least: float) -> None:
-        """Judge by the seconds that it took to look at the first bytes of a cluster.
-
-        Far is what has not even one quick answer: a wire at its limit has many.
-        """
+    def learn(self, mean: float, is_far: bool) -> None:
+        """Judge by the seconds that it took to look at the first bytes of a cluster."""
         self.is_slow = mean > SLOW_HEAD
-        self.is_far = self.is_far or FAR_HEAD < least < math.inf
+        self.is_far = self.is_far or is_far
 
     @property
     def tolerable_zeros(self) -> float:
@@ -974,34 +992,28 @@ def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
     return list(parse_qemu_json(text, image))
 
 
-def member_files(chain: List[Dict[str, Any]], open_file: Callable[[str], DiskFile]) -> List[Any]:
+def local_file(name: str) -> Optional[str]:
+    """The name of a file that qemu-img has printed, as the system knows it; None for no file.
+
+    Nor for a name that it could not print: another file may bear the one that it printed.
+    """
+    try:
+        path = os.fsdecode(name.encode("utf-8", "surrogateescape"))
+        is_there = os.path.exists(path)
+    except ValueError:
+        return None
+    is_remote = ":" in name.split("/", 1)[0]  # a protocol, as QEMU reads it
+    return path if is_there and not is_remote and "\N{REPLACEMENT CHARACTER}" not in name else None
+
+
+def member_files(
+    chain: List[Dict[str, Any]], image: ImageName, open_file: Callable[[str], DiskFile]
+) -> List[Any]:
     """Of each member of a chain the file that it lies in, opened, or None if there is none."""
-    return [
-        open_file(member["filename"]) if os.path.exists(member["filename"]) else None
-        for member in chain
-    ]
-
-
-def other_files(chain: List[Dict[str, Any]], image: ImageName) -> Iterator[str]:
-    """Local files beside the plain members that hold data of the chain."""
-    for member in chain:
-        data = member.get("format-specific", {}).get("data", {})
-        names = [data.get("data-file")]
-        names += [extent.get("filename") for extent in data.get("extents", [])]
-        if member["filename"].startswith("json:"):
-            names += file_names(parse_qemu_json(os.fsencode(member["filename"][5:]), image))
-        for name in names:
-            if name and os.path.exists(name):
-                yield name
-
-
-def file_names(node: Any) -> Iterator[str]:
-    """What is called a filename anywhere in a block device's description."""
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key == "filename" and isinstance(value, str):
-            yield value
-        else:
-            yield from file_names(value)
+    names = [local_file(member["filename"]) for member in chain[not image.is_options :]]
+    if not image.is_options:
+        names.insert(0, image.name)
+    return [name and open_file(name) for name in names]
 
 
 def read_chain(
@@ -1078,9 +1090,18 @@ class Export:
         self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: die_with(parent))
         self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
-        file = DiskFile(self.path, self._image.name)
+        file = DiskFile(self.path, self._image.name, is_export=True)
         self._unmount()
         return file
+
+    def held_files(self) -> Iterator[DiskFile]:
+        """What the daemon has open itself, whatever the image consists of, opened here as well."""
+        folder = f"/proc/{self._daemon.pid}/fd"
+        for each in os.listdir(folder) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, each)
+            mode = os.stat(path).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+                yield DiskFile(path, os.readlink(path))
 
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
@@ -1165,16 +1186,17 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     if not image.is_options:
         open_file(image.name)
     chain = backing_chain(image)
-    files = member_files(chain, open_file)
+    files = member_files(chain, image, open_file)
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
-        for name in other_files(chain, image):
-            open_file(name)
         export = Export(image)
         resources.callback(export.close)
         file = export.open()
         resources.callback(file.close)
         source = RawSource(file)
+        for held in export.held_files():
+            resources.callback(held.close)
+            source.files.append(held)
     for each in opened.values():
         each.refuse_if_replaced()
     source.files = source.files + [each for each in opened.values() if each not in source.files]
@@ -1471,9 +1493,27 @@ class ZeroProbe(NamedTuple):
             flags = extent.file.look_at_heads(offsets, times)
             is_data[start - first : start - first + len(flags)] = flags
         each = list(map(operator.sub, times[1:], times))
-        least = min(each) if len(each) >= PATIENCE else math.inf
-        experience.learn(sum(each) / len(is_data), least)
+        # Far is what has not even one quick answer: a wire at its limit has many.
+        is_far = len(each) >= PATIENCE and min(each) > FAR_HEAD
+        experience.learn(sum(each) / len(is_data), is_far and self._is_kept(first * cluster_size))
         return [(first + run.start(), first + run.end()) for run in _ZERO_RUN.finditer(is_data)]
+
+    def _is_kept(self, position: int) -> bool:
+        """Whether all that is read stays in memory until it is copied: it is read once then."""
+        if self.source.size > available_memory() // 2:
+            return False
+        for extent in self.source.stored(position, position + 1):
+            times = []  # type: List[float]
+            extent.file.look_at_heads([extent.offset, extent.offset], times)
+            return times[2] - times[1] < FAR_HEAD / 2
+        return False
+
+
+def available_memory() -> int:
+    """Bytes that the page cache may take, as far as Linux tells; 0 elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        return int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) << 10
+    return 0
 
 
 class DiffProbe(NamedTuple):
@@ -1699,6 +1739,8 @@ def pieces(steps: Iterable[Step], cluster_size: int) -> Iterator[Step]:
 # be well-formed, and nothing is ever opened or run because of them.
 
 MAX_JSON_BYTES = 256 << 20  # some four million extents; what is larger is no layout
+MAX_ENTRY = 64 << 10  # characters of an extent: what may be long in it is a file's name
+MAX_INFO = 4 << 20  # characters of what qemu-img info says of one image, with many snapshots
 MAX_DIGITS = 24  # of an integer: int() of a million digits would take minutes
 
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
@@ -1780,10 +1822,13 @@ def json_entries(text: str, what: str) -> Iterator[Any]:
     index = 0
     while not closed:
         try:
-            entry, position = decoder.raw_decode(text, position)
+            entry, length = decode_entry(decoder, text, position)
         except (ValueError, RecursionError) as error:
             why = "nested too deep" if isinstance(error, RecursionError) else "not JSON"
+            if len(text) - position > MAX_ENTRY:
+                why += f", or has more than {MAX_ENTRY} characters"
             raise Error(f"{what}: entry {index} is {why}") from error
+        position += length
         yield entry
         position = skip(position)
         mark = text[position : position + 1]
@@ -1794,6 +1839,15 @@ def json_entries(text: str, what: str) -> Iterator[Any]:
         index += 1
     if closed and text[skip(position if index else position + 1) :]:
         raise Error(f"{what}: there is something behind the end of the list")
+
+
+def decode_entry(decoder: Any, text: str, position: int) -> Tuple[Any, int]:
+    """An element of a list, and its length as text. Never more of it is decoded than MAX_ENTRY."""
+    try:
+        entry, length = decoder.raw_decode(text[position : position + MAX_ENTRY // 64])
+    except ValueError:  # it may have been cut: such a long one is rare
+        entry, length = decoder.raw_decode(text[position : position + MAX_ENTRY])
+    return entry, length
 
 
 # Of a dialect: the key of an extent's start, and who tells from an entry and from whether the
@@ -1926,6 +1980,10 @@ class DiskInfo(NamedTuple):
 def read_info(text: str, what: str) -> DiskInfo:
     """Understand `qemu-img info --output=json`. Raises Error where it isn't that."""
     text = text.strip()
+    if len(text) > MAX_INFO:
+        raise Error(
+            f"{what} is longer than {MAX_INFO >> 20} MiB; that is not what qemu-img info writes"
+        )
     try:
         info, end = json_decoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
@@ -2081,6 +2139,7 @@ PATIENCE_AT_END = 1.0  # seconds that a reader may pause with the end of the ima
 POLL_AT_END = 2  # milliseconds between two looks at what it has left
 PIPE_SIZE = 1 << 20  # what the system grants without privilege; twice the rate of 64 KiB
 COPY_SIZE = 4 << 20  # bytes that are sent, and read ahead, at once
+SOCKET_SIZE = 16 << 20  # bytes, more than two sockets on one host hold between two programs
 READ_AHEAD = 16 << 20  # bytes between the copy and what the kernel is asked to fetch
 SENDFILE_MIN = 16 << 10  # bytes: below that, a call costs more than the copy that it saves
 GATHER_GAP = 4 << 10  # bytes between two small runs that are read along: a page comes anyway
@@ -2091,12 +2150,20 @@ class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
     written     bytes that have left so far
+    holds       bytes that are on their way, at most, when a write has returned
+    lends_to    … bytes up to which the source's own pages may be sent
+
+    What sendfile() puts into a pipe or a socket are the pages of the source's file: until the
+    reader has taken them, they change with it. So the end of the image is copied: once that has
+    been accepted, none of the source's pages is on its way, and the source is free to change.
     """
 
     def __init__(self, fd: int, is_text: bool = False) -> None:
         """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
+        self.holds = 0
+        self.lends_to = sys.maxsize
         self._pending = []  # type: List[bytes]
         self._pending_size = 0
         self._can_sendfile = hasattr(os, "sendfile")
@@ -2106,7 +2173,11 @@ class Output:
             raise Error("standard output is closed; redirect it to a file or a pipe") from error
         if os.isatty(fd) and not is_text:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
-        if stat.S_ISFIFO(self._status.st_mode) and not is_text:
+        self._is_socket = stat.S_ISSOCK(self._status.st_mode)
+        is_pipe = stat.S_ISFIFO(self._status.st_mode)
+        if is_pipe or self._is_socket:
+            self.holds = SOCKET_SIZE
+        if is_pipe and not is_text:
             self._grow_pipe()
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
@@ -2114,9 +2185,14 @@ class Output:
         mode = self._status.st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return
-        ours = set(layers_below(self._status))
+        ours = list(layers_below(file_identity(self._status)))
         for file in files:
-            if file.identity in ours or file_identity(self._status) in file.layers_below():
+            theirs = list(layers_below(file.identity))
+            # Two loop devices on one file are taken for one: they may show the same of it.
+            if {theirs[0], shown_by_loop(theirs[0])} & set(ours) or {
+                ours[0],
+                shown_by_loop(ours[0]),
+            } & set(theirs):
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
                     "overwritten; "
@@ -2129,8 +2205,9 @@ class Output:
         import fcntl
 
         with contextlib.suppress(OSError):  # a limit of the user's; the pipe stays as it is
-            if fcntl.fcntl(self.fd, F_GETPIPE_SZ) < PIPE_SIZE:
-                fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_SIZE)
+            self.holds = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
+            if self.holds < PIPE_SIZE:
+                self.holds = fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_SIZE)
 
     def write(self, data: bytes) -> None:
         """Write bytes, perhaps a little later: see flush()."""
@@ -2165,31 +2242,34 @@ class Output:
             os.close(os.dup(self.fd))
         except OSError as error:
             raise self._write_error(error) from error
-        mode = self._status.st_mode
-        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        if not self.holds:
             return
         import fcntl
         import select
         import termios
 
-        request = termios.FIONREAD if stat.S_ISFIFO(mode) else termios.TIOCOUTQ
+        request = termios.TIOCOUTQ if self._is_socket else termios.FIONREAD
         poll = select.poll()
         poll.register(self.fd, 0)
         left, since = -1, time.monotonic()
         while time.monotonic() < since + PATIENCE_AT_END:
+            # First whether the reader has gone, then what it has left: not the other way round.
+            events = [event for _, event in poll.poll(0 if left < 0 else POLL_AT_END)]
             try:
                 answer = fcntl.ioctl(self.fd, request, bytes(4))
             except OSError:  # not on this system
                 return
             before, left = left, struct.unpack("i", answer)[0]
+            if self._is_socket and not left:  # perhaps because it was thrown away: that is an error
+                events = [event & select.POLLERR for _, event in poll.poll(0)]
+            elif not left:
+                return
+            if any(event & (select.POLLERR | select.POLLHUP) for event in events):
+                raise ConsumerGone()
             if not left:
                 return
             if left < before:
                 since = time.monotonic()
-            if any(
-                event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(POLL_AT_END)
-            ):
-                raise ConsumerGone()
 
     def _write_now(self, view: memoryview) -> None:
         while len(view):
@@ -2206,8 +2286,9 @@ class Output:
     def send(self, file: DiskFile, offset: int, length: int) -> None:
         """Write `length` bytes of a file, from offset on."""
         self.flush()
-        if self._can_sendfile and file.can_sendfile:
-            sent = self._sendfile(file, offset, length)
+        lent = min(length, self.lends_to - self.written)
+        if self._can_sendfile and file.can_sendfile and lent > 0:
+            sent = self._sendfile(file, offset, lent)
             offset += sent
             length -= sent
         buffer = bytearray(min(length, WRITE_SIZE))
@@ -2235,8 +2316,8 @@ class Output:
                 # the copy loop goes on from here and finds out which it was.
                 self._can_sendfile = False
                 break
-            if not count:
-                raise file.ended_early(offset + sent)
+            if not count:  # the file's end, or a short read before: the same
+                break
             self.written += count
             sent += count
         return sent
@@ -2425,6 +2506,8 @@ def write_image(
 ) -> None:
     """Write the whole image, in file order."""
     in_place = header.data_file_name is not None
+    if output.holds:
+        output.lends_to = plan.file_size - output.holds
     output.write(header.cluster(plan))
     for tables in (
         refcount_area(plan),

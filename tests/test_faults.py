@@ -4,6 +4,7 @@ Either the image is exact and the exit status 0, or the status is not 0 and one 
 The README's table of guarantees names these tests.
 """
 
+import hashlib
 import itertools
 import os
 import random
@@ -217,6 +218,62 @@ def test_a_reader_that_closes_before_the_end(disk: Path, missing: int) -> None:
     program.stdout.close()
     assert program.wait(TIMEOUT) == -signal.SIGPIPE
     program.stderr.close()
+
+
+def test_a_reader_that_takes_no_more_than_the_image(disk: Path) -> None:
+    image = stream(disk)
+    pipeline = f'"$@" | head -c {len(image)} | sha256sum; echo ${{PIPESTATUS[0]}}'
+    for _ in range(15):
+        words = ["bash", "-c", pipeline, "bash", *(str(word) for word in command(disk))]
+        digest, _, status = subprocess.check_output(words, text=True).split()
+        assert (digest, status) == (hashlib.sha256(image).hexdigest(), "0")
+
+
+def sockets(family: str) -> Any:
+    """Two connected sockets."""
+    if family == "unix":
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_a_socket_whose_reader_takes_no_more_than_the_image(disk: Path, family: str) -> None:
+    image = stream(disk)
+    for _ in range(5):
+        ours, theirs = sockets(family)
+        with ours, theirs:
+            program = start(disk, stdout=ours.fileno())
+            ours.close()
+            taken = b""
+            while len(taken) < len(image):
+                taken += theirs.recv(len(image) - len(taken))
+        assert taken == image
+        assert finish(program).status == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "unix", "tcp"])
+def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
+    """Not even if its reader dawdles until the program has ended and the source goes on."""
+    raw = write_disk(tmp_path / "disk.raw", 48 * MIB, [(0, noise(48 * MIB))])
+    image = stream(raw)
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        ours, theirs = sockets(kind)
+        reader, writer = theirs.detach(), ours.detach()
+    program = start(raw, stdout=writer)
+    os.close(writer)
+    left = {"pipe": 500_000, "unix": 30_000, "tcp": 60_000}[kind]
+    with open(reader, "rb", buffering=0) as file:
+        taken = b""
+        while len(taken) < len(image) - left:
+            taken += file.read(min(1 << 20, len(image) - left - len(taken)))
+        assert finish(program).status == 0
+        raw.write_bytes(bytes(48 * MIB))  # as a VM may that was paused for the backup
+        taken += b"".join(iter(lambda: file.read(1 << 20), b""))
+    assert taken == image
 
 
 def test_a_small_image_that_nobody_reads(tmp_path: Path) -> None:

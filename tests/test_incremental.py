@@ -4,7 +4,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, Callable, List, NamedTuple, Tuple
 
 import pytest
 from hypothesis import given, settings
@@ -212,6 +212,18 @@ def test_a_disk_compared_with_itself_is_an_empty_image(tmp_path: Path) -> None:
     empty = stream(write_disk(tmp_path / "hole.raw", 1_000_001))
     assert stream(new, "--diff", new) == empty
     assert stream(new, "--diff", tmp_path / "copy.raw") == empty
+
+
+def test_two_loop_devices_on_one_file_are_two_disks(
+    tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    both = write_disk(tmp_path / "both.raw", 2 << 20, [(0, noise(2 << 20))])
+    first = loop_device(both, "--sizelimit", "1M")
+    second = loop_device(both, "--offset", "1M")
+    for source, base, start in ((second, first, 1), (first, second, 0), (second, str(both), 1)):
+        image = read_image(io.BytesIO(stream(source, "--diff", base)))
+        assert image.over(bytes(1 << 20)) == both.read_bytes()[start << 20 :][: 1 << 20]
+    assert not read_image(io.BytesIO(stream(first, "--diff", str(both)))).data
 
 
 def test_a_longer_base_is_compared_up_to_the_disks_size(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -133,6 +134,47 @@ def test_an_output_that_the_input_lies_on(
         )
     assert (done.returncode, "itself" in done.stderr) == (1, True)
     assert disk.read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["file", "disk", "partition"])
+def test_an_output_below_a_partition(
+    disk: Path, loop_device: Callable[..., str], target: str
+) -> None:
+    """The source is a loop device on a partition of a loop device on the file."""
+    needs(shutil.which("addpart") is not None, "addpart (util-linux)")
+    whole = loop_device(write_disk(disk, 65536, [(0, b"x" * 65536)]))
+    before = disk.read_bytes()
+    subprocess.run(["addpart", whole, "1", "8", "64"], check=True)
+    attach = ["losetup", "--find", "--show", f"{whole}p1"]
+    try:
+        source = subprocess.check_output(attach, text=True).strip()
+        try:
+            path = {"file": str(disk), "disk": whole, "partition": f"{whole}p1"}[target]
+            with open(path, "r+b") as out:
+                done = subprocess.run(
+                    command(source), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+                )
+        finally:
+            subprocess.run(["losetup", "--detach", source], check=True)
+    finally:
+        subprocess.run(["delpart", whole, "1"], check=True)
+    assert (done.returncode, "itself" in done.stderr) == (1, True)
+    assert disk.read_bytes() == before
+
+
+def test_an_output_whose_file_has_got_another_name(
+    disk: Path, loop_device: Callable[..., str], tmp_path: Path
+) -> None:
+    source = loop_device(disk)
+    disk.rename(tmp_path / "elsewhere")
+    write_disk(disk, 65536)
+    with open(tmp_path / "elsewhere", "r+b") as out:
+        done = subprocess.run(command(source), stdout=out, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, b"itself" in done.stderr) == (1, True)
+
+
+def test_a_file_that_hides_its_content() -> None:
+    assert_refused(run("/proc/sys/kernel/hostname"), "hostname", "empty, but is not")
 
 
 def huge(tmp_path: Path, size: int) -> Path:
