@@ -1504,8 +1504,8 @@ class ZeroProbe(NamedTuple):
             return False
         for extent in self.source.stored(position, position + 1):
             times = []  # type: List[float]
-            extent.file.look_at_heads([extent.offset, extent.offset], times)
-            return times[2] - times[1] < FAR_HEAD / 2
+            extent.file.look_at_heads([extent.offset] * 3, times)
+            return min(times[2] - times[1], times[3] - times[2]) < SLOW_HEAD
         return False
 
 
