@@ -799,6 +799,22 @@ class Ticket:
         return self._value
 
 
+def start_thread(work: Callable[[], None]) -> Any:
+    """Start a thread that never keeps the program alive. Raises RuntimeError if there is none.
+
+    Signals that end the program are for the main thread, which may have blocked them.
+    """
+    import threading
+
+    thread = threading.Thread(target=work, daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return thread
+
+
 class Readers:
     """A few threads that read: system calls and large copies let each other run.
 
@@ -837,10 +853,8 @@ class Readers:
         return ticket.result
 
     def _start_thread(self, ticket: Ticket) -> None:
-        import threading
-
         try:
-            threading.Thread(target=self._run, daemon=True).start()
+            start_thread(self._run)
             self._threads += 1
         except RuntimeError:  # a limit of the system's; the main thread can read as well
             self.count = max(1, self._threads)
@@ -862,7 +876,8 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
 DAEMON_PATIENCE = 60  # seconds for an export to appear: a remote server may be slow to answer
-PR_SET_PDEATHSIG, MNT_DETACH = 1, 2  # Linux's, from its prctl.h and mount.h
+PR_SET_PDEATHSIG, CLONE_NEWNS = 1, 0x20000  # Linux's, from its prctl.h, sched.h and mount.h
+MNT_DETACH, MS_REC, MS_SLAVE = 2, 0x4000, 0x80000
 
 
 def start_program(arguments: List[bytes], **options: Any) -> Any:
@@ -896,12 +911,13 @@ class Drain:
     """Reads what a program says on stderr, so that it never waits for a reader. Keeps the end."""
 
     def __init__(self, pipe: Any) -> None:
-        import threading
-
+        """Start to read. Raises Error if there is no thread for it."""
         self._pipe = pipe
         self._kept = b""
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        try:
+            self._thread = start_thread(self._run)
+        except RuntimeError as error:  # a limit of the system's
+            raise Error(f"cannot run QEMU's programs: {error}") from error
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed from under it
@@ -1087,11 +1103,18 @@ class Export:
         arguments += [b"--export", dump_json(export)]
         arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
         parent = os.getpid()
-        self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: die_with(parent))
+        libc_call("getpid")  # has the library loaded now: a child had better not
+        self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent))
         self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
-        file = DiskFile(self.path, self._image.name, is_export=True)
-        self._unmount()
+        shown = f"/proc/{self._daemon.pid}/root{os.path.abspath(self.path)}"
+        if not os.path.exists(shown):
+            shown = self.path
+        file = DiskFile(shown, self._image.name, is_export=True)
+        if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
+            file.close()
+            raise Error(f"cannot open {quoted(self._image.name)}: its export can't be seen")
+        self._remove_mount()
         return file
 
     def held_files(self) -> Iterator[DiskFile]:
@@ -1114,11 +1137,13 @@ class Export:
             complaints = complaint(self._stderr.text())
             raise Error(f"cannot open {quoted(self._image.name)}: {complaints}")
 
-    def _unmount(self) -> None:
-        """Take mount and folder away from under the open file. Where it can't be: later."""
+    def _remove_mount(self) -> None:
+        """Take mount and folder away, also from under the open file. Where it can't be: later."""
+        if not self._folder:
+            return
         path = os.fsencode(self.path)
-        if libc_call("umount2", path, MNT_DETACH) != 0:  # not root: FUSE's own helper may
-            import subprocess
+        if self._is_mounted() and libc_call("umount2", path, MNT_DETACH) != 0:
+            import subprocess  # not root: FUSE's own helper may
 
             with contextlib.suppress(OSError):
                 subprocess.call(
@@ -1127,15 +1152,18 @@ class Export:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )
-        self._remove_folder()
-
-    def _remove_folder(self) -> None:
-        if not self._folder:
-            return
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)
+            self._folder = ""
+
+    def _is_mounted(self) -> bool:
+        """Whether the mount is seen from here: if not, it goes with the daemon."""
+        try:
+            return os.stat(self.path).st_dev != os.stat(self._folder).st_dev
+        except OSError as error:
+            return error.errno != errno.ENOENT  # a mount whose daemon is dead
 
     def close(self) -> None:
         """End the daemon, wait for it, and remove what is left."""
@@ -1150,7 +1178,7 @@ class Export:
                 self._daemon.wait()
             for pipe in (self._daemon.stdin, self._daemon.stdout, self._daemon.stderr):
                 pipe.close()
-        self._remove_folder()
+        self._remove_mount()
 
 
 def libc_call(name: str, *arguments: Any) -> int:
@@ -1163,9 +1191,17 @@ def libc_call(name: str, *arguments: Any) -> int:
         return -1
 
 
-def die_with(parent: int) -> None:
-    """In a child: ask the kernel to end it when its parent ends, whatever ends that one."""
-    libc_call("prctl", PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+def prepare_daemon(parent: int) -> None:
+    """In a child: let the kernel clean up after it, and end it when its parent has ended.
+
+    As root its mounts are its own, and gone as soon as it is: then nothing but its death is
+    needed. Else it is asked to end, and takes its mount away.
+    """
+    is_alone = libc_call("unshare", CLONE_NEWNS) == 0 and (
+        libc_call("mount", b"none", b"/", None, MS_REC | MS_SLAVE, None) == 0
+    )
+    how = signal.SIGKILL if is_alone else signal.SIGTERM
+    libc_call("prctl", PR_SET_PDEATHSIG, int(how), 0, 0, 0)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
     # The terminal's Ctrl-C is for the parent, which ends the daemon when it has cleaned up.
@@ -2607,15 +2643,28 @@ def copy_data(
     read_ahead = ReadAhead(source, data_pieces(cluster_map, cluster_size), readers)
     for start, stop, states in data_pieces(cluster_map, cluster_size):
         read_ahead.advance(start)
-        if not states and stop - start >= SENDFILE_MIN:
-            copy_range(output, source, start, stop)
-            continue
-        data = read_clusters(source, start, stop, 1, readers.scratch.data)
         if states:
-            chosen = itertools.compress(cluster_slices(cluster_size), states.translate(_IS_DATA))
-            output.write(b"".join(map(data.__getitem__, chosen)))
-        else:
+            copy_fragments(output, source, start, stop, states, readers.scratch.data)
+        elif stop - start < SENDFILE_MIN:
+            data = read_clusters(source, start, stop, 1, readers.scratch.data)
             output.write(bytes(memoryview(data)[: stop - start]))
+        else:
+            copy_range(output, source, start, stop)
+
+
+def copy_fragments(
+    output: Output, source: Source, start: int, stop: int, states: bytes, buffer: bytearray
+) -> None:
+    """Write the data clusters from guest byte start to stop, of which states tells."""
+    clusters = cluster_slices((stop - start) // len(states))
+    chosen = itertools.compress(clusters, states.translate(_IS_DATA))
+    try:
+        data = read_clusters(source, start, stop, 1, buffer)
+    except Error:  # perhaps it is between them that the disk can't be read
+        for each in chosen:
+            copy_range(output, source, start + each.start, start + each.stop)
+    else:
+        output.write(b"".join(map(data.__getitem__, chosen)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -3290,7 +3339,14 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+    signal.SIGUSR2,
+)
 
 
 def _interrupt(signum: int, _frame: Any) -> None:
@@ -3357,6 +3413,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         finally:
             progress.turn_off()
             release_signals(signal.SIG_DFL)  # nothing is left that could be cleaned up
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's end would make it deadly
         return 0
     except Error as error:
         report(f"{PROGRAM}: error: {error}")

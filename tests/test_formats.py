@@ -358,7 +358,8 @@ def test_a_temporary_folder_that_cannot_be_made(tmp_path: Path, directory: str) 
 
 
 def daemons_of(pid: int) -> List[int]:
-    found = shell("pgrep", "-P", pid, "-f", "qemu-storage-daemon").split()
+    words = ["pgrep", "-P", str(pid), "-f", "qemu-storage-daemon"]
+    found = subprocess.run(words, stdout=subprocess.PIPE, check=False).stdout.split()
     return [int(word) for word in found]
 
 
@@ -491,6 +492,77 @@ def test_without_the_system_call_a_mount_goes_by_the_helper(
 ) -> None:
     poor = altered(tmp_path, "import sys\nsys.modules['ctypes'] = None\n")
     assert stream("-f", "vmdk", dense_vmdk, env={**poor}) == stream("-f", "vmdk", dense_vmdk)
+
+
+def test_a_system_that_starts_no_thread(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", "1M")
+    poor = altered(
+        tmp_path,
+        "import threading\n"
+        "def refuse(self): raise RuntimeError('can\\'t start new thread')\n"
+        "threading.Thread.start = refuse\n",
+    )
+    for options in (
+        ["-f", "qcow2", image],
+        ["--image-opts", f"driver=qcow2,file.filename={image}"],
+    ):
+        assert_refused(run(*options, env=poor), "start new thread")
+
+
+def test_a_signal_while_a_folder_is_made(dense_vmdk: Path, temporary: Path) -> None:
+    """With threads at work already: it is for the main one, which has blocked it."""
+    slow = "mkdir:delay_exit=500000:when=2"
+    words = ["strace", "-f", "-qq", "-e", "trace=mkdir", "-e", f"inject={slow}", "-o"]
+    traced_command = command("-f", "vmdk", dense_vmdk, "--diff", dense_vmdk)
+    words += [f"{dense_vmdk}.log", *map(str, traced_command)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as traced:
+        while not list(temporary.iterdir()):  # the first one's is gone soon
+            time.sleep(0.001)
+        while list(temporary.iterdir()):
+            time.sleep(0.001)
+        while not list(temporary.iterdir()):
+            time.sleep(0.001)
+        children = Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGTERM)
+        traced.communicate(timeout=TIMEOUT)
+    assert traced.returncode == -signal.SIGTERM
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("victim", ["program", "group", "daemon"])
+def test_no_mount_is_left_by_a_sudden_death(dense_vmdk: Path, temporary: Path, victim: str) -> None:
+    """While the export is opened, of which nothing but an empty file may stay."""
+    needs(os.geteuid() == 0, "root, whose exports are in a name space of their own")
+    for pause in (0, 0.005, 0.01, 0.02, 0.03, 0.05):
+        program = start("-f", "vmdk", dense_vmdk, start_new_session=True)
+        while not list(temporary.iterdir()) and program.poll() is None:
+            time.sleep(0.001)
+        time.sleep(pause)
+        if victim == "group":
+            os.killpg(program.pid, signal.SIGKILL)
+        elif victim == "program":
+            program.kill()
+        else:
+            for daemon in daemons_of(program.pid):
+                os.kill(daemon, signal.SIGKILL)
+        stderr = program.communicate(timeout=TIMEOUT)[1]
+        if victim == "daemon":
+            assert program.returncode in (0, 1), stderr
+        else:
+            assert program.returncode == -signal.SIGKILL
+        deadline = time.monotonic() + 10
+        while left_of_mounts(temporary) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not left_of_mounts(temporary)
+        if victim == "daemon":
+            assert not list(temporary.iterdir())
+        shutil.rmtree(temporary)
+        temporary.mkdir()
+
+
+def left_of_mounts(folder: Path) -> List[str]:
+    """Mounts and daemons that the folder's user has left: nothing but empty files."""
+    return [each for each in leftovers(folder) if not each.startswith(f"{folder}/")]
 
 
 def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How much is read, and by whom: counts, not seconds."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import time
@@ -152,6 +153,21 @@ def test_short_reads_are_read_to_their_end(tmp_path: Path) -> None:
     short = altered(tmp_path, SHORT)
     for options in ([], ["-c", "2M"], ["--diff", str(base)]):
         assert stream(raw, *options, env=short) == stream(raw, *options)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 1024, 2048, 4096])
+def test_what_lies_between_small_clusters_need_not_be_readable(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], cluster_size: int
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", MIB, [(0, noise(MIB))])
+    layout = [
+        {"offset": 65536 - cluster_size, "length": cluster_size},
+        {"offset": 65536 + cluster_size, "length": cluster_size},
+    ]
+    disk = fuse_disk(raw, error_at=65536 + 100, direct=True)
+    options = ["--layout", "-", "-c", str(cluster_size)]
+    text = json.dumps(layout).encode()
+    assert stream(disk.path, *options, stdin=text) == stream(raw, *options, stdin=text)
 
 
 def test_a_file_system_that_answers_short(
