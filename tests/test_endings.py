@@ -42,11 +42,16 @@ def test_a_consumer_that_goes_away_ends_it_by_sigpipe(disk: Path, taken: int) ->
     program.stderr.close()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+ENDING = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR2"]
+
+
+@pytest.mark.parametrize("name", ENDING)
 @pytest.mark.parametrize("phase", ["scan", "write"])
 def test_a_signal_ends_it_by_that_signal(
-    disk: Path, fuse_disk: Callable[..., FuseDisk], signum: int, phase: str
+    disk: Path, fuse_disk: Callable[..., FuseDisk], name: str, phase: str
 ) -> None:
+    signum = signal.Signals[name]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if phase == "scan":
         program = start(fuse_disk(disk, latency=0.5, direct=True).path)
         wait_until_it_catches(program, signum)
