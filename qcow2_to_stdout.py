@@ -281,9 +281,9 @@ class DiskFile:
                     image has changed is asked elsewhere
         """
         self.name = name = path if name is None else name
-        self.path = os.path.realpath(path)
         self._is_export = is_export
         try:
+            self.path = os.path.realpath(path)
             # Look before opening: to open a FIFO would wait for its other end.
             self._refuse_unless_disk(os.stat(path).st_mode)
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -371,7 +371,12 @@ class DiskFile:
         return Error(f"cannot read {quoted(self.name)} at offset {offset}: {reason(error)}")
 
     def ended_early(self, offset: int) -> Error:
-        """What to raise where there is nothing left to read, although there was before."""
+        """What to raise where there is nothing left to read."""
+        if offset >= self.size:
+            return Error(
+                f"{quoted(self.name)} is truncated: it has {self.size} bytes, but an image whose "
+                "data goes on behind them"
+            )
         return Error(
             f"{quoted(self.name)} became shorter while it was read: it ends at offset {offset} "
             f"now, it had {self.size} bytes; export a snapshot instead"
@@ -1082,7 +1087,7 @@ class Export:
         try:
             # A signal in between would leave a folder that nobody knows of.
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-            self._folder = tempfile.mkdtemp(prefix="qcow2_to_stdout.")
+            self._folder = os.path.realpath(tempfile.mkdtemp(prefix="qcow2_to_stdout."))
             self.path = os.path.join(self._folder, "disk")
             with open(self.path, "wb"):
                 pass
@@ -1107,7 +1112,7 @@ class Export:
         self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent))
         self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
-        shown = f"/proc/{self._daemon.pid}/root{os.path.abspath(self.path)}"
+        shown = f"/proc/{self._daemon.pid}/root{self.path}"
         if not os.path.exists(shown):
             shown = self.path
         file = DiskFile(shown, self._image.name, is_export=True)
@@ -1896,7 +1901,9 @@ def _plain_kind(_entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
 
 def _rbd_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
     # Strings, not booleans: that is what rbd writes.
-    return {"true": "data", "false": "zeros"}[entry["exists"]]
+    if entry["exists"] not in ("true", "false"):
+        raise ValueError
+    return "data" if entry["exists"] == "true" else "zeros"
 
 
 def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
@@ -1987,10 +1994,12 @@ def read_layout(
         try:
             kind = dialect.kind(entry, overlay)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            rest = sorted(set(entry) - {dialect.start, "length"})
-            raise Error(
-                f"{label} is not what {dialect.name} writes: {quoted(ascii(rest)[:80])}"
-            ) from error
+            if isinstance(error, KeyError) and error.args[0] not in entry:
+                why = f"it has no {error.args[0]!r}"
+            else:
+                rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
+                why = ascii(rest)[:80]
+            raise Error(f"{label} is not what {dialect.name} writes: {quoted(why)}") from error
         if kind and length:
             ranges = layout.data if kind == "data" else layout.zeros
             ranges.add(start, min(start + length, size))
@@ -2186,8 +2195,6 @@ class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
     written     bytes that have left so far
-    holds       bytes that are on their way, at most, when a write has returned
-    lends_to    … bytes up to which the source's own pages may be sent
 
     What sendfile() puts into a pipe or a socket are the pages of the source's file: until the
     reader has taken them, they change with it. So the end of the image is copied: once that has
@@ -2198,8 +2205,8 @@ class Output:
         """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
-        self.holds = 0
-        self.lends_to = sys.maxsize
+        self._lends_to = sys.maxsize  # offset in the image up to which pages may be sent
+        self._lent_to = 0  # … and were
         self._pending = []  # type: List[bytes]
         self._pending_size = 0
         self._can_sendfile = hasattr(os, "sendfile")
@@ -2210,10 +2217,8 @@ class Output:
         if os.isatty(fd) and not is_text:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
         self._is_socket = stat.S_ISSOCK(self._status.st_mode)
-        is_pipe = stat.S_ISFIFO(self._status.st_mode)
-        if is_pipe or self._is_socket:
-            self.holds = SOCKET_SIZE
-        if is_pipe and not is_text:
+        self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
+        if self._is_pipe and not is_text:
             self._grow_pipe()
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
@@ -2241,9 +2246,20 @@ class Output:
         import fcntl
 
         with contextlib.suppress(OSError):  # a limit of the user's; the pipe stays as it is
-            self.holds = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
-            if self.holds < PIPE_SIZE:
-                self.holds = fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_SIZE)
+            if fcntl.fcntl(self.fd, F_GETPIPE_SZ) < PIPE_SIZE:
+                fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_SIZE)
+
+    def begin(self, size: int) -> None:
+        """Tell how long the image will be: of its end, copies are sent."""
+        if not (self._is_pipe or self._is_socket):
+            return
+        holds = SOCKET_SIZE
+        if self._is_pipe and sys.platform.startswith("linux"):
+            import fcntl
+
+            with contextlib.suppress(OSError):
+                holds = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
+        self._lends_to = size - holds
 
     def write(self, data: bytes) -> None:
         """Write bytes, perhaps a little later: see flush()."""
@@ -2270,15 +2286,16 @@ class Output:
         """Write what is pending, and see the reader off.
 
         A reader that goes away while its bytes are still in the pipe or the socket has not got
-        the image. It is waited for as long as it reads, and PATIENCE_AT_END more. What a file
-        system says only when a file is closed is heard as well.
+        the image. It is waited for as long as it reads, and PATIENCE_AT_END more; and until it
+        has taken all pages of the source. What a file system says only when a file is closed is
+        heard as well.
         """
         self.flush()
         try:
             os.close(os.dup(self.fd))
         except OSError as error:
             raise self._write_error(error) from error
-        if not self.holds:
+        if not (self._is_pipe or self._is_socket):
             return
         import fcntl
         import select
@@ -2288,7 +2305,8 @@ class Output:
         poll = select.poll()
         poll.register(self.fd, 0)
         left, since = -1, time.monotonic()
-        while time.monotonic() < since + PATIENCE_AT_END:
+        copied = self.written - self._lent_to if self._lent_to else sys.maxsize
+        while left > copied or time.monotonic() < since + PATIENCE_AT_END:
             # First whether the reader has gone, then what it has left: not the other way round.
             events = [event for _, event in poll.poll(0 if left < 0 else POLL_AT_END)]
             try:
@@ -2322,7 +2340,7 @@ class Output:
     def send(self, file: DiskFile, offset: int, length: int) -> None:
         """Write `length` bytes of a file, from offset on."""
         self.flush()
-        lent = min(length, self.lends_to - self.written)
+        lent = min(length, self._lends_to - self.written)
         if self._can_sendfile and file.can_sendfile and lent > 0:
             sent = self._sendfile(file, offset, lent)
             offset += sent
@@ -2355,6 +2373,7 @@ class Output:
             if not count:  # the file's end, or a short read before: the same
                 break
             self.written += count
+            self._lent_to = self.written
             sent += count
         return sent
 
@@ -2542,8 +2561,7 @@ def write_image(
 ) -> None:
     """Write the whole image, in file order."""
     in_place = header.data_file_name is not None
-    if output.holds:
-        output.lends_to = plan.file_size - output.holds
+    output.begin(plan.file_size)
     output.write(header.cluster(plan))
     for tables in (
         refcount_area(plan),
@@ -2661,6 +2679,8 @@ def copy_fragments(
     try:
         data = read_clusters(source, start, stop, 1, buffer)
     except Error:  # perhaps it is between them that the disk can't be read
+        if isinstance(source.files[0], StreamFile):
+            raise
         for each in chosen:
             copy_range(output, source, start + each.start, start + each.stop)
     else:
@@ -2975,6 +2995,14 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "security hole; add for example -F qcow2"),
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
+        (overlay and options.diff == options.backing_file
+         and (options.diff_format or "raw") != options.backing_format,
+         f"BASE and the backing file are the same file, once as {options.diff_format or 'raw'} and "
+         f"once as {options.backing_format}; add --diff-format {options.backing_format}"),
+        (overlay and ":" in (options.backing_file or "").split("/")[0]
+         and os.path.exists(options.backing_file),
+         f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "
+         "protocol; put ./ before the name"),
         (overlay and not options.backing_file,
          "the name of the backing file is empty; give one to --backing-file"),
         (overlay and not re.match(r"[\w.-]+\Z", options.backing_format or "", re.ASCII),

@@ -346,6 +346,14 @@ def test_input_that_comes_late_on_a_descriptor_that_does_not_block() -> None:
     assert image == stream("-", "--size", str(len(disk)), stdin=disk)
 
 
+def test_input_with_many_short_runs_that_ends_early(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.json"
+    runs = [{"offset": at, "length": 512} for at in range(0, MIB, 1024)]
+    layout.write_text(json.dumps(runs))
+    options = ["-", "--size", "1M", "-c", "512", "--layout", str(layout)]
+    assert_failed(run(*options, stdin=noise(100_000)), "ended after 100000 bytes")
+
+
 def test_input_that_cannot_be_read() -> None:
     unreadable = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -4,6 +4,7 @@ Either the image is exact and the exit status 0, or the status is not 0 and one 
 The README's table of guarantees names these tests.
 """
 
+import fcntl
 import hashlib
 import itertools
 import os
@@ -28,6 +29,7 @@ from support.program import (
     PYTHON,
     TIMEOUT,
     Result,
+    altered,
     assert_failed,
     catches,
     command,
@@ -253,6 +255,12 @@ def test_a_socket_whose_reader_takes_no_more_than_the_image(disk: Path, family: 
         assert finish(program).status == 0
 
 
+def overwrite(path: Path) -> None:
+    """In place, so that the same pages get other bytes."""
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+
+
 @pytest.mark.parametrize("kind", ["pipe", "unix", "tcp"])
 def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
     """Not even if its reader dawdles until the program has ended and the source goes on."""
@@ -271,9 +279,39 @@ def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
         while len(taken) < len(image) - left:
             taken += file.read(min(1 << 20, len(image) - left - len(taken)))
         assert finish(program).status == 0
-        raw.write_bytes(bytes(48 * MIB))  # as a VM may that was paused for the backup
+        overwrite(raw)  # as a VM may that was paused for the backup
         taken += b"".join(iter(lambda: file.read(1 << 20), b""))
     assert taken == image
+
+
+@pytest.mark.parametrize("kind", ["pipe", "unix"])
+def test_what_was_sent_into_a_channel_that_has_grown(tmp_path: Path, kind: str) -> None:
+    """More of it holds pages of the source then than were to be copied: it waits for them."""
+    raw = write_disk(tmp_path / "disk.raw", 96 * MIB, [(0, noise(96 * MIB))])
+    image = stream(raw)
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, 32, 48 * MIB)  # SO_SNDBUFFORCE
+        reader, writer = theirs.detach(), ours.detach()
+    # As for a user who has enough large pipes: the program can't make this one larger.
+    grow = "import fcntl\nreal = fcntl.fcntl\nfcntl.fcntl = lambda *a: a[1] == 1031 or real(*a)\n"
+    program = start(raw, stdout=writer, env=altered(tmp_path, grow))
+    os.close(writer)
+    left = 900_000 if kind == "pipe" else 24 * MIB
+    with open(reader, "rb", buffering=0) as file:
+        taken = file.read(100_000)
+        if kind == "pipe":
+            fcntl.fcntl(reader, 1031, 1 * MIB)  # F_SETPIPE_SZ
+        while len(taken) < len(image) - left:
+            taken += file.read(min(1 << 20, len(image) - left - len(taken)))
+        time.sleep(2.5)
+        if program.poll() is not None:
+            overwrite(raw)
+        taken += b"".join(iter(lambda: file.read(1 << 20), b""))
+    assert finish(program).status == 0
+    assert hashlib.sha256(taken).digest() == hashlib.sha256(image).digest()
 
 
 def test_a_small_image_that_nobody_reads(tmp_path: Path) -> None:
@@ -365,7 +403,7 @@ def test_an_interrupt_while_modules_are_imported(disk: Path) -> None:
         program = start(disk)
         while not catches(program, signal.SIGINT):  # Python's own handler
             pass
-        while catches(program, signal.SIGINT):
+        while catches(program, signal.SIGINT) and not catches(program, signal.SIGTERM):
             pass
         was_early = not catches(program, signal.SIGTERM)
         program.send_signal(signal.SIGINT)

@@ -463,6 +463,26 @@ def test_many_inherited_descriptors(dense_vmdk: Path) -> None:
     assert (result.status, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("target", ["absolute", "relative"])
+def test_a_temporary_folder_behind_a_link(
+    dense_vmdk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" if target == "absolute" else "real")
+    expected = stream("-f", "vmdk", dense_vmdk)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "link"), "link"):
+        env = {**os.environ, "TMPDIR": name}
+        assert stream("-f", "vmdk", dense_vmdk, env=env) == expected
+    assert not list((tmp_path / "real").iterdir())
+
+
+def test_a_truncated_image(tmp_path: Path) -> None:
+    image = write(create(tmp_path / "a.qcow2", "4M"), "write -P 1 0 4M")
+    os.truncate(image, image.stat().st_size - MIB)
+    assert_refused(run("-f", "qcow2", image), "is truncated")
+
+
 def test_no_room_for_the_folder(dense_vmdk: Path, tmp_path: Path) -> None:
     needs(os.geteuid() == 0, "root, to mount a full file system")
     folder = tmp_path / "full"

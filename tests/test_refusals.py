@@ -11,7 +11,7 @@ from typing import Callable, Iterator, List
 import pytest
 from conftest import needs
 from support.disks import write_disk
-from support.program import PROGRAM, assert_refused, command, run, stream
+from support.program import PROGRAM, Result, assert_refused, command, run, stream
 
 import qcow2_to_stdout
 
@@ -169,6 +169,34 @@ def test_an_output_whose_file_has_got_another_name(
     with open(tmp_path / "elsewhere", "r+b") as out:
         done = subprocess.run(command(source), stdout=out, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, b"itself" in done.stderr) == (1, True)
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    words = ["bash", "-c", 'mkdir gone; cd gone; rmdir ../gone; "$@" disk.raw', "bash", *command()]
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "No such file")
+
+
+def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) -> None:
+    monday = tmp_path / "monday.qcow2"
+    monday.write_bytes(stream(disk))
+    options = [str(disk), "--diff", str(monday), "-b", str(monday), "-F", "qcow2"]
+    assert_refused(run(*options), "add --diff-format qcow2")
+    stream(*options, "--diff-format", "qcow2")
+
+
+def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
+    options = [str(disk), "--diff", str(disk), "-F", "raw", "-b"]
+    assert_refused(run(*options, "a:b.raw", cwd=tmp_path), "put ./ before")
+    stream(*options, "./a:b.raw", cwd=tmp_path)
+    stream(*options, "nbd:localhost:10809", cwd=tmp_path)
 
 
 def test_a_file_that_hides_its_content() -> None:
