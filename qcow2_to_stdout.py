@@ -804,8 +804,8 @@ class Ticket:
         return self._value
 
 
-def start_thread(work: Callable[[], None]) -> Any:
-    """Start a thread that never keeps the program alive. Raises RuntimeError if there is none.
+def start_thread(work: Callable[[], Any]) -> Any:
+    """Start a thread that never keeps the program alive. Raises Error if there is none.
 
     Signals that end the program are for the main thread, which may have blocked them.
     """
@@ -815,6 +815,8 @@ def start_thread(work: Callable[[], None]) -> Any:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         thread.start()
+    except RuntimeError as error:  # a limit of the system's
+        raise Error(f"too little of what a thread needs: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return thread
@@ -861,7 +863,7 @@ class Readers:
         try:
             start_thread(self._run)
             self._threads += 1
-        except RuntimeError:  # a limit of the system's; the main thread can read as well
+        except Error:  # the main thread can read as well
             self.count = max(1, self._threads)
             if not self._threads:
                 ticket.perform(self.scratch)
@@ -919,10 +921,7 @@ class Drain:
         """Start to read. Raises Error if there is no thread for it."""
         self._pipe = pipe
         self._kept = b""
-        try:
-            self._thread = start_thread(self._run)
-        except RuntimeError as error:  # a limit of the system's
-            raise Error(f"cannot run QEMU's programs: {error}") from error
+        self._thread = start_thread(self._run)
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed from under it
@@ -983,7 +982,9 @@ def dump_json(value: Any) -> bytes:
 def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[bytes]:
     """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
     arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
-    program = start_program(arguments)
+    parent = os.getpid()
+    libc_call("getpid")  # has the library loaded now: a child had better not
+    program = start_program(arguments, preexec_fn=lambda: die_with(parent, signal.SIGKILL))
     try:
         stderr = Drain(program.stderr)
         for line in program.stdout:
@@ -1109,27 +1110,49 @@ class Export:
         arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
         parent = os.getpid()
         libc_call("getpid")  # has the library loaded now: a child had better not
-        self._daemon = start_program(arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent))
+        has_proc = tells_of_processes()
+        self._daemon = start_program(
+            arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent, has_proc)
+        )
         self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
-        shown = f"/proc/{self._daemon.pid}/root{self.path}"
-        if not os.path.exists(shown):
-            shown = self.path
-        file = DiskFile(shown, self._image.name, is_export=True)
-        if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
-            file.close()
-            raise Error(f"cannot open {quoted(self._image.name)}: its export can't be seen")
+        file = self._open_shown(has_proc)
         self._remove_mount()
         return file
 
+    def _open_shown(self, has_proc: bool) -> DiskFile:
+        """Open what the daemon shows. One that does not answer would hold us for ever."""
+        import threading
+
+        is_open = threading.Event()
+        start_thread(lambda: is_open.wait(DAEMON_PATIENCE) or self._daemon.kill())
+        try:
+            shown = f"/proc/{self._daemon.pid}/root{self.path}" if has_proc else self.path
+            file = DiskFile(
+                shown if os.path.exists(shown) else self.path, self._image.name, is_export=True
+            )
+        finally:
+            is_open.set()
+        if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
+            file.close()
+            raise Error(f"cannot open {quoted(self._image.name)}: its export can't be seen")
+        return file
+
     def held_files(self) -> Iterator[DiskFile]:
-        """What the daemon has open itself, whatever the image consists of, opened here as well."""
-        folder = f"/proc/{self._daemon.pid}/fd"
-        for each in os.listdir(folder) if os.path.isdir(folder) else ():
-            path = os.path.join(folder, each)
-            mode = os.stat(path).st_mode
-            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-                yield DiskFile(path, os.readlink(path))
+        """What the daemon reads itself, whatever the image consists of, opened here as well."""
+        process = f"/proc/{self._daemon.pid}"
+        names = []  # type: List[str]
+        with contextlib.suppress(OSError):
+            names = os.listdir(f"{process}/fd") if tells_of_processes() else []
+        for name in names:
+            path = f"{process}/fd/{name}"
+            with contextlib.suppress(OSError, ValueError):  # closed since
+                mode = os.stat(path).st_mode
+                with open(f"{process}/fdinfo/{name}") as info:
+                    flags = dict(line.split(":", 1) for line in info)["flags"]
+                is_log = int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+                if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
+                    yield DiskFile(path, os.readlink(path))
 
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
@@ -1196,21 +1219,35 @@ def libc_call(name: str, *arguments: Any) -> int:
         return -1
 
 
-def prepare_daemon(parent: int) -> None:
+def die_with(parent: int, how: int) -> None:
+    """In a child: have the kernel send it a signal when its parent ends, whatever ends that one."""
+    libc_call("prctl", PR_SET_PDEATHSIG, int(how), 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+def prepare_daemon(parent: int, may_be_alone: bool) -> None:
     """In a child: let the kernel clean up after it, and end it when its parent has ended.
 
     As root its mounts are its own, and gone as soon as it is: then nothing but its death is
     needed. Else it is asked to end, and takes its mount away.
     """
-    is_alone = libc_call("unshare", CLONE_NEWNS) == 0 and (
-        libc_call("mount", b"none", b"/", None, MS_REC | MS_SLAVE, None) == 0
+    is_alone = (
+        may_be_alone
+        and libc_call("unshare", CLONE_NEWNS) == 0
+        and (libc_call("mount", b"none", b"/", None, MS_REC | MS_SLAVE, None) == 0)
     )
-    how = signal.SIGKILL if is_alone else signal.SIGTERM
-    libc_call("prctl", PR_SET_PDEATHSIG, int(how), 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
+    die_with(parent, signal.SIGKILL if is_alone else signal.SIGTERM)
     # The terminal's Ctrl-C is for the parent, which ends the daemon when it has cleaned up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def tells_of_processes() -> bool:
+    """Whether /proc is that of our own process numbers: not so in some containers."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
@@ -1799,8 +1836,10 @@ class RangeList:
 
     def __iter__(self) -> Iterator[Range]:
         if not self._is_sorted:
-            pairs = sorted(zip(self._starts, self._ends))
-            self._starts, self._ends = (array("Q", column) for column in zip(*pairs))
+            # One number for each takes less than half of the space of a pair.
+            both = sorted(start << 64 | end for start, end in zip(self._starts, self._ends))
+            self._starts = array("Q", (each >> 64 for each in both))
+            self._ends = array("Q", (each & (1 << 64) - 1 for each in both))
             self._is_sorted = True
         return zip(self._starts, self._ends)
 
@@ -2914,7 +2953,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output", choices=("human", "json"), help="how --measure prints (default: human)"
     )
     group.add_argument(
-        "-p", "--progress", action="store_true", help="show progress on stderr (once: SIGUSR1)"
+        "-p", "--progress", action="store_true", help="show progress on stderr (SIGUSR1: a line)"
     )
     group.add_argument("-h", "--help", action="help", help="show this text and exit")
     group.add_argument(
@@ -2996,9 +3035,10 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
         (overlay and options.diff == options.backing_file
-         and (options.diff_format or "raw") != options.backing_format,
-         f"BASE and the backing file are the same file, once as {options.diff_format or 'raw'} and "
-         f"once as {options.backing_format}; add --diff-format {options.backing_format}"),
+         and (options.diff_format or options.format) != options.backing_format,
+         "BASE and the backing file are the same file, once as "
+         f"{options.diff_format or options.format} and once as {options.backing_format}; add "
+         f"--diff-format {options.backing_format}"),
         (overlay and ":" in (options.backing_file or "").split("/")[0]
          and os.path.exists(options.backing_file),
          f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "

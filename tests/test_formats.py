@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -583,6 +584,39 @@ def test_no_mount_is_left_by_a_sudden_death(dense_vmdk: Path, temporary: Path, v
 def left_of_mounts(folder: Path) -> List[str]:
     """Mounts and daemons that the folder's user has left: nothing but empty files."""
     return [each for each in leftovers(folder) if not each.startswith(f"{folder}/")]
+
+
+def test_qemu_img_ends_with_the_program(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen(1)
+        name = f"driver=nbd,server.type=unix,server.path={tmp_path}/s"
+        program = start("--image-opts", name)
+        connection = silent.accept()[0]  # which never answers
+        program.kill()
+        program.communicate(timeout=TIMEOUT)
+        assert connection.recv(1) == b"", "qemu-img is gone as well"
+        connection.close()
+
+
+def test_processes_that_proc_does_not_tell_of(dense_vmdk: Path, temporary: Path) -> None:
+    """As in a name space of processes with the /proc of another."""
+    needs(os.geteuid() == 0, "root, to make a name space")
+    words = ["unshare", "--pid", "--fork", *map(str, command("-f", "vmdk", dense_vmdk))]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == stream("-f", "vmdk", dense_vmdk)
+
+
+def test_a_daemon_that_shows_nothing(dense_vmdk: Path, tmp_path: Path, temporary: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "qemu-storage-daemon"
+    fake.write_text("#!/bin/sh\necho hello; exec sleep 60\n")
+    fake.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    result = run("-f", "vmdk", dense_vmdk, env={**os.environ, "PATH": path})
+    assert_refused(result, "can't be seen")
 
 
 def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:

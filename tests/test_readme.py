@@ -67,7 +67,7 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
         shutil.copy(ROOT / name, tmp_path)
     devices: Dict[str, str] = {}
     content = noise(3 * MIB)
-    for name in ("vm", "monday", "tuesday", "vdi"):
+    for name in ("vm", "monday", "tuesday", "vdi", "restored"):
         disk = write_disk(tmp_path / f"{name}.disk", 16 * MIB, [(0, content), (9 * MIB, content)])
         if name == "tuesday":
             write_disk(disk, 16 * MIB, [(0, content[:MIB]), (9 * MIB, noise(MIB, 5))])
@@ -135,6 +135,8 @@ def test_the_plain_commands(desk: Callable[..., None], tmp_path: Path, url: str)
         compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2"]
         words = [*compare, str(tmp_path / f"{raw}.disk"), str(tmp_path / f"{name}.qcow2")]
         subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "restored.disk").read_bytes() == (tmp_path / "tuesday.disk").read_bytes()
+    assert (tmp_path / "vm.raw").read_bytes() == (tmp_path / "vm.disk").read_bytes()
     assert Upload.taken["/readme.qcow2"][:4] == b"QFI\xfb"
 
 
