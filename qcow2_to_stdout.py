@@ -2265,18 +2265,15 @@ class Output:
         mode = self._status.st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return
-        ours = list(layers_below(file_identity(self._status)))
+        ours = file_identity(self._status)
         for file in files:
-            theirs = list(layers_below(file.identity))
+            theirs = file.identity
             # Two loop devices on one file are taken for one: they may show the same of it.
-            if {theirs[0], shown_by_loop(theirs[0])} & set(ours) or {
-                ours[0],
-                shown_by_loop(ours[0]),
-            } & set(theirs):
+            is_below = {ours, shown_by_loop(ours)} & set(layers_below(theirs))
+            if is_below or {theirs, shown_by_loop(theirs)} & set(layers_below(ours)):
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
-                    "overwritten; "
-                    "write the image elsewhere"
+                    "overwritten; write the image elsewhere"
                 )
 
     def _grow_pipe(self) -> None:
