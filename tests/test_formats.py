@@ -78,7 +78,7 @@ def leftovers(folder: Path) -> List[str]:
     found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
-            arguments = (status.parent / "cmdline").read_text()
+            arguments = os.fsdecode((status.parent / "cmdline").read_bytes())
         except OSError:
             continue
         if arguments.startswith("qemu-storage-daemon") and str(folder) in arguments:
