@@ -1265,6 +1265,8 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
         open_file(image.name)
     chain = backing_chain(image)
     files = member_files(chain, image, open_file)
+    if len(chain) > 1 and backing_chain(image) != chain:  # what is opened is no more that chain
+        raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
         export = Export(image)
@@ -2276,6 +2278,19 @@ class Output:
                     "overwritten; write the image elsewhere"
                 )
 
+    def refuse_if_named(self, backing_file: str) -> None:
+        """Raise Error if the output is the file that the image names, from here or beside it."""
+        beside = ""
+        with contextlib.suppress(OSError):  # no /proc
+            beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
+        for path in (backing_file, os.path.join(beside, backing_file)):
+            with contextlib.suppress(OSError, ValueError):  # there need not be such a file here
+                if file_identity(os.stat(path)) == file_identity(self._status):
+                    raise Error(
+                        f"standard output is {quoted(backing_file)}, the image's own backing file; "
+                        "write the image elsewhere"
+                    )
+
     def _grow_pipe(self) -> None:
         if not sys.platform.startswith("linux"):
             return
@@ -3247,6 +3262,8 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     sources = open_sources(options, resources)
     disks = [sources.disk] + ([sources.base] if sources.base else [])
     output.refuse_if_among(file for disk in disks for file in disk.files)
+    if options.backing_file is not None:
+        output.refuse_if_named(options.backing_file)
 
     cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
     geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)

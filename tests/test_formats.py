@@ -629,6 +629,24 @@ def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:
     assert_refused(run("-f", "qcow2", image, env={**os.environ, "PATH": path}), "no JSON")
 
 
+def test_a_member_that_is_rebased_while_the_chain_is_opened(tmp_path: Path) -> None:
+    old, new = (
+        write(create(tmp_path / f"{name}.qcow2", "1M"), f"write -P {number} 0 1M")
+        for number, name in enumerate(("old", "new"), 1)
+    )
+    middle = overlay(tmp_path / "middle.qcow2", old, "qcow2")
+    top = overlay(tmp_path / "top.qcow2", middle, "qcow2")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    real = shutil.which("qemu-img")
+    rebase = f"{real} rebase -u -b {new} -F qcow2 {middle}"
+    wrapper = f'#!/bin/sh\n{real} "$@" && case $1 in info) {rebase};; esac\n'
+    (folder / "qemu-img").write_text(wrapper)
+    (folder / "qemu-img").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    assert_refused(run("-f", "qcow2", top, env={**os.environ, "PATH": path}), "changed while")
+
+
 @pytest.mark.parametrize("size", [100_000, 65536 * 3 + 1])
 def test_a_raw_backing_file_that_ends_within_a_sector(tmp_path: Path, size: int) -> None:
     backing = tmp_path / "base.raw"

@@ -191,6 +191,22 @@ def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) ->
     stream(*options, "--diff-format", "qcow2")
 
 
+@pytest.mark.parametrize("name", ["monday.qcow2", "ABSOLUTE"])
+def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name: str) -> None:
+    monday = tmp_path / "monday.qcow2"
+    monday.write_bytes(stream(disk))
+    before = monday.read_bytes()
+    name = name.replace("ABSOLUTE", str(monday))
+    for folder in (tmp_path, Path("/")):
+        with open(monday, "r+b") as out:
+            words = command(str(disk), "--diff", str(disk), "-b", name, "-F", "qcow2")
+            done = subprocess.run(
+                words, stdout=out, stderr=subprocess.PIPE, cwd=folder, check=False
+            )
+        assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
+        assert monday.read_bytes() == before
+
+
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
     options = [str(disk), "--diff", str(disk), "-F", "raw", "-b"]
