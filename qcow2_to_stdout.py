@@ -346,7 +346,7 @@ class DiskFile:
     def look_at_heads(self, offsets: Iterable[int], times: List[float]) -> bytearray:
         """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
 
-        Ends early after PATIENCE heads in a row that are, or at the end of the file.
+        A head that the file's end cuts counts as zeros. Ends early after PATIENCE in a row.
 
         times   where the clock is noted: before the first read, and after each
         """
@@ -374,8 +374,8 @@ class DiskFile:
         """What to raise where there is nothing left to read."""
         if offset >= self.size:
             return Error(
-                f"{quoted(self.name)} is truncated: it has {self.size} bytes, but an image whose "
-                "data goes on behind them"
+                f"{quoted(self.name)} is truncated: it has {self.size} bytes, and its image says "
+                "that data lies behind them"
             )
         return Error(
             f"{quoted(self.name)} became shorter while it was read: it ends at offset {offset} "
@@ -892,6 +892,8 @@ def start_program(arguments: List[bytes], **options: Any) -> Any:
     import subprocess
 
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if "preexec_fn" in options:
+        libc_call("getpid")  # has the library loaded now: a child had better not
     try:
         return subprocess.Popen(arguments, **{**pipes, **options})
     except (OSError, subprocess.SubprocessError) as error:
@@ -983,7 +985,6 @@ def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[
     """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
     arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
     parent = os.getpid()
-    libc_call("getpid")  # has the library loaded now: a child had better not
     program = start_program(arguments, preexec_fn=lambda: die_with(parent, signal.SIGKILL))
     try:
         stderr = Drain(program.stderr)
@@ -1109,7 +1110,6 @@ class Export:
         arguments += [b"--export", dump_json(export)]
         arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
         parent = os.getpid()
-        libc_call("getpid")  # has the library loaded now: a child had better not
         has_proc = tells_of_processes()
         self._daemon = start_program(
             arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent, has_proc)
