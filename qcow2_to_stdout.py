@@ -648,13 +648,14 @@ class StreamFile(DiskFile):
                 raise self.ended_early(self._position)
 
     def _read(self, view: memoryview) -> int:
-        try:
-            data = os.read(self.fd, min(len(view), READ_SIZE))
-        except BlockingIOError:
-            wait_for(self.fd, "POLLIN")
-            return self._read(view)
-        except OSError as error:
-            raise self.read_error(self._position, error) from error
+        while True:
+            try:
+                data = os.read(self.fd, min(len(view), READ_SIZE))
+                break
+            except BlockingIOError:
+                wait_for(self.fd, "POLLIN")
+            except OSError as error:
+                raise self.read_error(self._position, error) from error
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -1124,8 +1125,14 @@ class Export:
         """Open what the daemon shows. One that does not answer would hold us for ever."""
         import threading
 
-        is_open = threading.Event()
-        start_thread(lambda: is_open.wait(DAEMON_PATIENCE) or self._daemon.kill())
+        is_open, is_late = threading.Event(), threading.Event()
+
+        def end_a_daemon_that_hangs() -> None:
+            if not is_open.wait(DAEMON_PATIENCE):
+                is_late.set()
+                self._daemon.kill()
+
+        start_thread(end_a_daemon_that_hangs)
         try:
             shown = f"/proc/{self._daemon.pid}/root{self.path}" if has_proc else self.path
             file = DiskFile(
@@ -1135,8 +1142,16 @@ class Export:
             is_open.set()
         if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
             file.close()
+            if is_late.is_set():
+                raise self._no_answer()
             raise Error(f"cannot open {quoted(self._image.name)}: its export can't be seen")
         return file
+
+    def _no_answer(self) -> Error:
+        return Error(
+            f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer within "
+            f"{DAEMON_PATIENCE} seconds"
+        )
 
     def held_files(self) -> Iterator[DiskFile]:
         """What the daemon reads itself, whatever the image consists of, opened here as well."""
@@ -1157,10 +1172,7 @@ class Export:
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
         if not wait_for(stdout.fileno(), "POLLIN", DAEMON_PATIENCE):
-            raise Error(
-                f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer "
-                f"within {DAEMON_PATIENCE} seconds"
-            )
+            raise self._no_answer()
         if not os.read(stdout.fileno(), 1):
             complaints = complaint(self._stderr.text())
             raise Error(f"cannot open {quoted(self._image.name)}: {complaints}")

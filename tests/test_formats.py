@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List
@@ -617,6 +618,47 @@ def test_a_daemon_that_shows_nothing(dense_vmdk: Path, tmp_path: Path, temporary
     path = f"{folder}:{os.environ['PATH']}"
     result = run("-f", "vmdk", dense_vmdk, env={**os.environ, "PATH": path})
     assert_refused(result, "can't be seen")
+
+
+SILENT_DAEMON = """#!{python}
+import time
+
+time.sleep(60)
+"""
+STOPPED_DAEMON = """#!{python}
+import ctypes, os, signal, subprocess, sys, time
+
+daemon = subprocess.Popen(
+    [{real!r}, *sys.argv[1:]],
+    stdout=subprocess.PIPE,
+    preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0),
+)
+hello = os.read(daemon.stdout.fileno(), 1)
+daemon.send_signal(signal.SIGSTOP)
+os.waitpid(daemon.pid, os.WUNTRACED)
+os.write(1, hello)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
+def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
+    """One is the real one, stopped when it has said hello. With less patience than the minute."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "qemu-storage-daemon"
+    real = shutil.which("qemu-storage-daemon")
+    fake.write_text(daemon.format(python=sys.executable, real=real))
+    fake.chmod(0o755)
+    impatient = (
+        f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import qcow2_to_stdout as p; "
+        "p.DAEMON_PATIENCE = 1; sys.exit(p.main())"
+    )
+    words = [sys.executable, "-c", impatient, "-f", "vmdk", str(dense_vmdk)]
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(words, capture_output=True, env=env, timeout=TIMEOUT, check=False)
+    result = Result(done.returncode, done.stdout, done.stderr.decode())
+    assert_refused(result, "does not answer")
 
 
 def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:
