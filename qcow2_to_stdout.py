@@ -2271,8 +2271,23 @@ class Output:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
         self._is_socket = stat.S_ISSOCK(self._status.st_mode)
         self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
+        if self._is_socket:
+            self._refuse_unless_stream()
         if self._is_pipe and not is_text:
             self._grow_pipe()
+
+    def _refuse_unless_stream(self) -> None:
+        """A reader whose buffer is shorter than a message would lose the rest of it."""
+        import socket
+
+        try:  # of whatever kind and family it is
+            output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise Error(f"cannot use standard output: {reason(error)}") from error
+        with contextlib.closing(output):
+            kind = output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        if kind != socket.SOCK_STREAM:
+            raise Error("standard output is a socket that keeps messages apart; give a stream")
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""

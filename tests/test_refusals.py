@@ -89,6 +89,20 @@ def test_a_terminal(disk: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_a_socket_that_keeps_messages_apart(disk: Path, kind: int) -> None:
+    """Of a message that is longer than its reader's buffer, the rest would be lost in silence."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    with ours, theirs:
+        done = subprocess.run(
+            command(disk), stdout=ours.fileno(), stderr=subprocess.PIPE, text=True, check=False
+        )
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+    assert_refused(Result(done.returncode, b"", done.stderr), "messages")
+
+
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
 @pytest.mark.parametrize("mode", ["r+b", "ab"])
 def test_an_output_that_is_the_input(disk: Path, link: str, mode: str) -> None:
