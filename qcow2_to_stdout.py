@@ -2271,23 +2271,26 @@ class Output:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
         self._is_socket = stat.S_ISSOCK(self._status.st_mode)
         self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
-        if self._is_socket:
-            self._refuse_unless_stream()
+        if self._keeps_packets_apart():  # a reader with a short buffer loses the end of each
+            raise Error("standard output is a pipe or a socket of packets; give it a stream")
         if self._is_pipe and not is_text:
             self._grow_pipe()
 
-    def _refuse_unless_stream(self) -> None:
-        """A reader whose buffer is shorter than a message would lose the rest of it."""
-        import socket
+    def _keeps_packets_apart(self) -> bool:
+        if self._is_pipe and hasattr(os, "O_DIRECT"):
+            import fcntl
 
-        try:  # of whatever kind and family it is
-            output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as error:
-            raise Error(f"cannot use standard output: {reason(error)}") from error
-        with contextlib.closing(output):
-            kind = output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        if kind != socket.SOCK_STREAM:
-            raise Error("standard output is a socket that keeps messages apart; give a stream")
+            return bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT)
+        if self._is_socket:
+            import socket
+
+            try:  # what kind it is said to be here does not matter to the system
+                output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError as error:
+                raise Error(f"cannot look at standard output: {reason(error)}") from error
+            with output:
+                return output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM
+        return False
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""

@@ -1,12 +1,13 @@
 """What can't be done is refused before the first byte, with one line that helps."""
 
+import functools
 import os
 import pty
 import shutil
 import socket
 import subprocess
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import needs
@@ -89,18 +90,37 @@ def test_a_terminal(disk: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
-def test_a_socket_that_keeps_messages_apart(disk: Path, kind: int) -> None:
-    """Of a message that is longer than its reader's buffer, the rest would be lost in silence."""
+def packet_pipe() -> Tuple[int, int]:
+    return os.pipe2(os.O_DIRECT)
+
+
+def packet_sockets(kind: int) -> Tuple[int, int]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-    with ours, theirs:
+    return theirs.detach(), ours.detach()
+
+
+PACKETS: Dict[str, Callable[[], Tuple[int, int]]] = {
+    "pipe": packet_pipe,
+    "seqpacket": functools.partial(packet_sockets, socket.SOCK_SEQPACKET),
+    "datagram": functools.partial(packet_sockets, socket.SOCK_DGRAM),
+}
+
+
+@pytest.mark.parametrize("kind", PACKETS)
+def test_an_output_that_keeps_packets_apart(disk: Path, kind: str) -> None:
+    """Of a packet that is longer than its reader's buffer, the rest would be lost in silence."""
+    theirs, ours = PACKETS[kind]()
+    try:
         done = subprocess.run(
-            command(disk), stdout=ours.fileno(), stderr=subprocess.PIPE, text=True, check=False
+            command(disk), stdout=ours, stderr=subprocess.PIPE, text=True, check=False
         )
-        theirs.setblocking(False)
+        os.set_blocking(theirs, False)
         with pytest.raises(BlockingIOError):
-            theirs.recv(1)
-    assert_refused(Result(done.returncode, b"", done.stderr), "messages")
+            os.read(theirs, 1)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert_refused(Result(done.returncode, b"", done.stderr), "packets")
 
 
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
