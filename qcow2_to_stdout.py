@@ -1049,7 +1049,11 @@ def read_chain(
     for member in chain:
         data = member.get("format-specific", {}).get("data", {})
         is_plain = member["format"] in ("qcow2", "raw") and not member.get("encrypted")
-        if not is_plain or data.get("data-file"):
+        # "data-file-raw" is said even of a data file that the header does not name; and a name
+        # in JSON may hold any option, of which nothing more is said here.
+        has_data_file = "data-file" in data or "data-file-raw" in data
+        below = (member.get(f"{key}backing-filename", "") for key in ("", "full-"))
+        if not is_plain or has_data_file or any(name.startswith("json:") for name in below):
             return None
     source = ChainSource(chain[0]["virtual-size"], files)
     for line in run_qemu_img(b"map", image):

@@ -1,6 +1,7 @@
 """Any image that QEMU opens, read directly or through its daemon: the same bytes from both."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -161,6 +162,36 @@ def test_an_external_data_file(tmp_path: Path) -> None:
     image = create(tmp_path / "a.qcow2", "4M", "-o", f"data_file={tmp_path}/a.data")
     write(image, "write -P 1 1M 1M")
     check_both_ways(image, tmp_path, direct=False)
+
+
+def test_a_data_file_that_only_the_backing_name_tells_of(tmp_path: Path) -> None:
+    """QEMU's words on the chain tell of no such file, and name places that look like its own."""
+    data = tmp_path / "data"
+    middle = create(tmp_path / "middle.qcow2", "1M", "-o", f"data_file={data}")
+    write(middle, "write -P 7 0 1M")
+    shell("qemu-img", "amend", "-f", "qcow2", "-o", "data_file=", middle)
+    os.truncate(middle, 8 * MIB)
+    files = {
+        key: {"driver": "file", "filename": str(path)}
+        for key, path in (("file", middle), ("data-file", data))
+    }
+    name = "json:" + json.dumps({"driver": "qcow2", **files})
+    top = tmp_path / "top.qcow2"
+    shell("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", name, top, "1M")
+    check_both_ways(top, tmp_path, direct=False)
+
+
+@pytest.mark.parametrize("form", ["qcow2", "raw"])
+def test_a_backing_name_in_json(tmp_path: Path, form: str) -> None:
+    """Whatever its options mean, QEMU knows best."""
+    base = write(create(tmp_path / "base", "2M", form=form), "write -P 7 512 1M", form=form)
+    options = {} if form == "qcow2" else {"offset": 512, "size": 2 * MIB - 512}
+    node = {"driver": form, **options, "file": {"driver": "file", "filename": str(base)}}
+    top = tmp_path / "top.qcow2"
+    shell(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-b", f"json:{json.dumps(node)}", "-F", form, top
+    )
+    check_both_ways(top, tmp_path, direct=False)
 
 
 def test_an_encrypted_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
