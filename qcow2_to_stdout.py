@@ -1006,14 +1006,47 @@ def parse_qemu_json(text: bytes, image: ImageName) -> Any:
 
     try:
         return json.loads(str(text, "utf-8", "surrogateescape"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Error(f"cannot open {quoted(image.name)}: qemu-img printed no JSON") from error
 
 
 def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
     """What `qemu-img info` says of an image and of each backing file below it."""
     text = b"".join(run_qemu_img(b"info", image, b"--backing-chain"))
-    return list(parse_qemu_json(text, image))
+    chain = parse_qemu_json(text, image)
+    for member in chain if isinstance(chain, list) and chain else [None]:
+        refuse_unless_it_tells(image, member, ("filename", "format", "virtual-size"))
+    return list(chain)
+
+
+def read_map(image: ImageName, size: int) -> Iterator[Dict[str, Any]]:
+    """What `qemu-img map` says of each part of an image, from its start to its size in bytes.
+
+    Raises Error where the parts don't follow each other up to there.
+    """
+    end = 0
+    for line in run_qemu_img(b"map", image):
+        text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
+        if text:
+            entry = parse_qemu_json(text, image)
+            refuse_unless_it_tells(image, entry, ("start", "length", "depth", "zero", "data"))
+            numbers = (entry["length"], entry["depth"], entry.get("offset", 0))
+            if entry["start"] != end or not all(map(_is_whole, numbers)):
+                break
+            end += entry["length"]
+            yield entry
+    if end != size:
+        raise Error(
+            f"cannot open {quoted(image.name)}: of its {size} bytes, qemu-img has told of {end}"
+        )
+
+
+def refuse_unless_it_tells(image: ImageName, answer: Any, keys: Sequence[str]) -> None:
+    """Raise Error if what qemu-img printed is no object with these keys."""
+    if not (isinstance(answer, dict) and answer.keys() >= set(keys)):
+        raise Error(
+            f"cannot open {quoted(image.name)}: qemu-img has not told its {' and '.join(keys)}"
+        )
 
 
 def local_file(name: str) -> Optional[str]:
@@ -1056,12 +1089,11 @@ def read_chain(
         if not is_plain or has_data_file or any(name.startswith("json:") for name in below):
             return None
     source = ChainSource(chain[0]["virtual-size"], files)
-    for line in run_qemu_img(b"map", image):
-        text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
-        entry = parse_qemu_json(text, image) if text else {"zero": True}
+    for entry in read_map(image, source.size):
         if entry["zero"]:
             continue
-        if not entry["data"] or "offset" not in entry or entry.get("compressed"):
+        is_there = "offset" in entry and entry["depth"] < len(files)
+        if not entry["data"] or not is_there or entry.get("compressed"):
             return None
         source.add(entry["start"], entry["length"], entry["depth"], entry["offset"])
     return source

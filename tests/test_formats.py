@@ -1,5 +1,7 @@
 """Any image that QEMU opens, read directly or through its daemon: the same bytes from both."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -692,14 +694,55 @@ def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> N
     assert_refused(result, "does not answer")
 
 
-def test_a_qemu_img_that_prints_nonsense(tmp_path: Path) -> None:
+def test_a_qemu_img_that_is_killed_where_nobody_asks_for_its_status(tmp_path: Path) -> None:
+    """A parent that ignores SIGCHLD hands that down: the kernel forgets how children end."""
+    image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 0 8M")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    real = shutil.which("qemu-img")
+    (folder / "qemu-img").write_text(
+        f'#!/bin/sh\ncase $1 in map) echo \'[{{"start": 0, "length": 65536, "depth": 0, '
+        f'"present": true, "zero": false, "data": true, "offset": 327680}},\'; kill -9 $$;; '
+        f'*) {real} "$@";; esac\n'
+    )
+    (folder / "qemu-img").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    for handler in (signal.SIG_DFL, signal.SIG_IGN):
+        ignore = functools.partial(signal.signal, signal.SIGCHLD, handler)
+        result = run("-f", "qcow2", image, env=env, preexec_fn=ignore)
+        assert_refused(result, "cannot open", "a.qcow2")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[{SOME}", "[{SOME},", "[{SOME}]", "[{LATE}]", "[5]", "[{DEEP}]", "{}"]
+)
+def test_a_map_that_does_not_tell_of_all_of_the_disk(tmp_path: Path, text: str) -> None:
+    image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 0 8M")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    entry = '{"start": %d, "length": 65536, "depth": 0, "zero": false, "data": true, "offset": 0}'
+    for name, json_text in (("SOME", entry % 0), ("LATE", entry % 65536), ("DEEP", "[" * 100_000)):
+        text = text.replace("{" + name + "}", json_text)
+    real = shutil.which("qemu-img")
+    (folder / "qemu-img").write_text(
+        f"#!/bin/sh\ncase $1 in map) echo '{text}';; *) {real} \"$@\";; esac\n"
+    )
+    (folder / "qemu-img").chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    assert_refused(run("-f", "qcow2", image, env=env), "cannot open", "a.qcow2", "qemu-img")
+
+
+@pytest.mark.parametrize("text", ["nonsense", "", "[]", "{}", "[1]", "null", "[{}]", "[" * 100_000])
+def test_a_qemu_img_that_prints_nonsense(tmp_path: Path, text: str) -> None:
     image = create(tmp_path / "a.qcow2", "1M")
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "qemu-img").write_text("#!/bin/sh\necho nonsense\n")
+    (folder / "text").write_text(text)
+    (folder / "qemu-img").write_text(f"#!/bin/sh\ncat {folder}/text\n")
     (folder / "qemu-img").chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
-    assert_refused(run("-f", "qcow2", image, env={**os.environ, "PATH": path}), "no JSON")
+    result = run("-f", "qcow2", image, env={**os.environ, "PATH": path})
+    assert_refused(result, "cannot open", "qemu-img")
 
 
 def test_a_member_that_is_rebased_while_the_chain_is_opened(tmp_path: Path) -> None:
