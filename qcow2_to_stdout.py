@@ -1099,6 +1099,18 @@ def read_chain(
     return source
 
 
+def stored_ranges(image: ImageName, size: int) -> "RangeList":
+    """What of an image is not known to be zeros.
+
+    An export's holes tell less: what QEMU can only find out by reading would be one of them.
+    """
+    ranges = RangeList()
+    for entry in read_map(image, size):
+        if not entry["zero"]:
+            ranges.add(entry["start"], entry["start"] + entry["length"])
+    return ranges
+
+
 class Export:
     """A disk that qemu-storage-daemon shows as a raw file, as long as this lives.
 
@@ -1317,17 +1329,35 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
-        export = Export(image)
-        resources.callback(export.close)
-        file = export.open()
-        resources.callback(file.close)
-        source = RawSource(file)
-        for held in export.held_files():
-            resources.callback(held.close)
-            source.files.append(held)
+        source = open_export(image, chain[0]["virtual-size"], opened.values(), resources)
     for each in opened.values():
         each.refuse_if_replaced()
     source.files = source.files + [each for each in opened.values() if each not in source.files]
+    return source
+
+
+def open_export(
+    image: ImageName, size: int, watched: Iterable[DiskFile], resources: contextlib.ExitStack
+) -> Source:
+    """Open a disk as QEMU shows it.
+
+    size        of the disk, in bytes
+    watched     the files that are known to hold it: that they change would be noticed
+    """
+    # Asked before the export is there: some servers talk to one client at a time.
+    ranges = stored_ranges(image, size)
+    export = Export(image)
+    resources.callback(export.close)
+    file = export.open()
+    resources.callback(file.close)
+    held = []  # type: List[DiskFile]
+    for each in export.held_files():
+        resources.callback(each.close)
+        held.append(each)
+    if {each.identity for each in held} - {each.identity for each in watched}:
+        ranges = stored_ranges(image, size)  # they may have changed before they were watched
+    source = RawSource(file, ranges=ranges)
+    source.files += held
     return source
 
 
@@ -3080,6 +3110,9 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "--image-opts names the format itself, as driver=…; leave --format out"),
         (options.image_opts and not re.search(r"(^|,)driver=", options.input),
          f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
+        (options.image_opts and re.search(
+            r"(^|[,.])read-only=(?!(on|yes|true|y)(,|\Z))", options.input),
+         f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
         (has_format and has_external,
          f"{external} refers to INPUT as it is, and {input_format} is not raw; leave one out"),
         (has_format and (maps or base_maps),

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 from conftest import needs
@@ -313,6 +313,113 @@ def test_an_nbd_export(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+@contextlib.contextmanager
+def nbd_server(folder: Path, *arguments: Any) -> Iterator[Tuple[Any, str]]:
+    """nbdkit, and the option string of the disk that it shows."""
+    address = folder / "nbd"
+    server = subprocess.Popen(["nbdkit", "-f", "-U", str(address), *map(str, arguments)])
+    try:
+        while not address.exists():
+            assert server.poll() is None, "nbdkit ended"
+            time.sleep(0.02)
+        yield server, f"driver=nbd,server.type=unix,server.path={address}"
+    finally:
+        server.send_signal(signal.SIGCONT)
+        server.kill()
+        server.wait()
+
+
+def check_against_qemu(tmp_path: Path, options: str) -> None:
+    """The image of an option string reads as what qemu-img makes of it."""
+    expected = tmp_path / "expected.raw"
+    shell("qemu-img", "convert", "--image-opts", options, "-O", "raw", expected)
+    assert any(expected.read_bytes())
+    assert stream("--image-opts", options) == stream(expected)
+
+
+def test_a_hole_that_is_no_zeros(tmp_path: Path) -> None:
+    """A server may tell that something is not allocated, and not what it reads as."""
+    plugin = tmp_path / "plugin.sh"
+    plugin.write_text(
+        "case $1 in\n"
+        "get_size) echo 1048576;;\n"
+        "pread) head -c $3 /dev/zero | tr '\\0' A;;\n"
+        "can_extents) ;;\n"
+        "extents) echo 0 1048576 hole;;\n"
+        "*) exit 2;;\n"
+        "esac\n"
+    )
+    plugin.chmod(0o755)
+    with nbd_server(tmp_path, "sh", plugin) as (_, options):
+        check_against_qemu(tmp_path, options)
+
+
+FILTERS = {
+    "file": "",
+    "file.file": "file.driver=compress,",
+    "file.image": "file.driver=blkdebug,",
+}
+
+
+@pytest.mark.parametrize("node", FILTERS)
+def test_a_part_of_an_overlay(tmp_path: Path, node: str) -> None:
+    """What the overlay has not got itself is not zeros: its backing file shows through."""
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    part = f"driver=raw,offset=65536,size=524288,{FILTERS[node]}"
+    check_against_qemu(tmp_path, f"{part}{node}.driver=qcow2,{node}.file.filename={top}")
+
+
+def test_an_overlay_on_a_part_of_an_overlay(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    middle = overlay(tmp_path / "middle.qcow2", raw, "raw")
+    inner = {"driver": "qcow2", "file": {"driver": "file", "filename": str(middle)}}
+    part = {"driver": "raw", "offset": 65536, "size": 524288, "file": inner}
+    top = tmp_path / "top.qcow2"
+    name = f"json:{json.dumps(part)}"
+    shell("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", name, top, "512K")
+    assert stream("-f", "qcow2", top) == stream(as_raw(top))
+    assert any(as_raw(top).read_bytes())
+
+
+def test_an_option_string_that_would_write_is_refused(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    before = top.read_bytes()
+    for key, value in (("file.read-only", "off"), ("read-only", "n"), ("file.read-only", "false")):
+        node = f"driver=copy-on-read,{key}={value},file.driver=qcow2,file.file.filename={top}"
+        assert_refused(run("--image-opts", node), "for writing")
+    stream("--image-opts", f"driver=qcow2,read-only=on,file.read-only=yes,file.filename={top}")
+    assert top.read_bytes() == before
+
+
+@pytest.mark.parametrize("phase", ["scan", "copy"])
+def test_a_signal_while_a_server_does_not_answer(tmp_path: Path, phase: str) -> None:
+    """No signal interrupts a wait for a file system: the daemon must go first."""
+    raw = write_disk(tmp_path / "raw", 64 * MIB, [(0, noise(64 * MIB))])
+    # From a far server, all would have been fetched by the scan.
+    delay = "5ms" if phase == "scan" else "0"
+    words = ["--filter=delay", "file", raw, f"rdelay={delay}"]
+    with nbd_server(tmp_path, *words) as (server, options):
+        program = start("--image-opts", options)
+        if phase == "copy":
+            program.stdout.read(4 * MIB)
+        else:
+            while not daemons_of(program.pid):
+                time.sleep(0.01)
+            time.sleep(0.5)
+        server.send_signal(signal.SIGSTOP)
+        taken = threading.Thread(target=program.stdout.read, daemon=True)
+        taken.start()
+        time.sleep(1)  # until it waits
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(TIMEOUT) == -signal.SIGTERM
+        taken.join()
+        assert program.stderr.read() == b""
+        program.stdout.close()
+        program.stderr.close()
 
 
 @pytest.mark.xdist_group("ceph")
