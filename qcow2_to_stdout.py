@@ -884,6 +884,8 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
 DAEMON_PATIENCE = 60  # seconds for an export to appear: a remote server may be slow to answer
+SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
+END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
 PR_SET_PDEATHSIG, CLONE_NEWNS = 1, 0x20000  # Linux's, from its prctl.h, sched.h and mount.h
 MNT_DETACH, MS_REC, MS_SLAVE = 2, 0x4000, 0x80000
 
@@ -1099,6 +1101,48 @@ def read_chain(
     return source
 
 
+# Signals end the program by their default action, at once and whatever it waits for, as long as
+# there is nothing to clean up. Once there is, they are caught.
+
+ENDING_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGXCPU,
+    signal.SIGUSR2,
+)
+
+
+class Interrupted(BaseException):
+    """A signal that asks the program to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _interrupt(signum: int, _frame: Any) -> None:
+    # One is enough: cleaning up must not be cut short. (Of one that is on its way already,
+    # Python would complain if it was ignored by the system.)
+    release_signals(lambda _signum, _frame: None)
+    raise Interrupted(signum)
+
+
+def catch_signals() -> None:
+    """Let the signals that ask for an end go through the cleaning up; ignored ones stay so."""
+    for signum in ENDING_SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
+
+
+def release_signals(how: Any = signal.SIG_DFL) -> None:
+    """Handle the signals that are caught no more, but as `how` says."""
+    for signum in ENDING_SIGNALS:
+        if signal.getsignal(signum) == _interrupt:
+            signal.signal(signum, how)
+
+
 def stored_ranges(image: ImageName, size: int) -> "RangeList":
     """What of an image is not known to be zeros.
 
@@ -1126,7 +1170,10 @@ class Export:
                 f"cannot open {quoted(image.name)}: there is no /dev/fuse, which reading this "
                 "format needs; load the kernel's module fuse, or convert the image to raw"
             )
+        import threading
+
         self._image = image
+        self._is_closed = threading.Event()
         self._daemon = None  # type: Any
         self._folder = ""
         self.path = ""
@@ -1135,9 +1182,10 @@ class Export:
         """Show the disk and open it. Raises Error if that can't be done."""
         import tempfile
 
+        catch_signals()
+        # A signal in between would leave a folder that nobody knows of.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         try:
-            # A signal in between would leave a folder that nobody knows of.
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
             self._folder = os.path.realpath(tempfile.mkdtemp(prefix="qcow2_to_stdout."))
             self.path = os.path.join(self._folder, "disk")
             with open(self.path, "wb"):
@@ -1145,7 +1193,7 @@ class Export:
         except OSError as error:
             raise Error(f"cannot make a temporary folder: {reason(error)}") from error
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         export = {
             "type": "fuse",
             "id": "export",
@@ -1161,13 +1209,33 @@ class Export:
         parent = os.getpid()
         has_proc = tells_of_processes()
         self._daemon = start_program(
-            arguments, stdin=-1, preexec_fn=lambda: prepare_daemon(parent, has_proc)
+            arguments,
+            stdin=-1,
+            start_new_session=True,
+            preexec_fn=lambda: prepare_daemon(parent, has_proc),
         )
         self._stderr = Drain(self._daemon.stderr)
         self._wait_until_ready()
         file = self._open_shown(has_proc)
         self._remove_mount()
+        ending = set(ENDING_SIGNALS) - set(blocked)
+        start_thread(lambda: self._let_signals_through(ending))
         return file
+
+    def _let_signals_through(self, ending: Any) -> None:
+        """Kill the daemon if a signal should end us, and the main thread does not take it.
+
+        It waits for the export then, and would for ever if a server behind that never answers:
+        no signal that is caught interrupts a wait for a file system. With its daemon gone, every
+        read fails.
+        """
+        late = 0
+        while not self._is_closed.wait(SIGNAL_PATIENCE):
+            late = late + 1 if ending & set(signal.sigpending()) else 0
+            if late == 2:
+                self._send(signal.SIGKILL)
+            elif late == 4:  # it waits for something else: perhaps the output's server
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _open_shown(self, has_proc: bool) -> DiskFile:
         """Open what the daemon shows. One that does not answer would hold us for ever."""
@@ -1178,7 +1246,7 @@ class Export:
         def end_a_daemon_that_hangs() -> None:
             if not is_open.wait(DAEMON_PATIENCE):
                 is_late.set()
-                self._daemon.kill()
+                self._send(signal.SIGKILL)
 
         start_thread(end_a_daemon_that_hangs)
         try:
@@ -1253,16 +1321,23 @@ class Export:
         except OSError as error:
             return error.errno != errno.ENOENT  # a mount whose daemon is dead
 
+    def _send(self, signum: int) -> None:
+        """Send a signal to the daemon and all of its session: it may be a script around it."""
+        with contextlib.suppress(OSError):  # it has ended
+            os.killpg(self._daemon.pid, signum)
+
     def close(self) -> None:
         """End the daemon, wait for it, and remove what is left."""
+        release_signals(lambda _signum, _frame: None)  # cleaning up must not be cut short
+        self._is_closed.set()
         if self._daemon is not None:
             import subprocess
 
-            self._daemon.terminate()
+            self._send(signal.SIGTERM)
             try:
-                self._daemon.wait(10)
+                self._daemon.wait(END_PATIENCE)
             except subprocess.TimeoutExpired:
-                self._daemon.kill()
+                self._send(signal.SIGKILL)
                 self._daemon.wait()
             for pipe in (self._daemon.stdin, self._daemon.stdout, self._daemon.stderr):
                 pipe.close()
@@ -3512,45 +3587,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-class Interrupted(BaseException):
-    """A signal that asks the program to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-ENDING_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGXCPU,
-    signal.SIGUSR2,
-)
-
-
-def _interrupt(signum: int, _frame: Any) -> None:
-    # One is enough: cleaning up must not be cut short. (Of one that is on its way already,
-    # Python would complain if it was ignored by the system.)
-    release_signals(lambda _signum, _frame: None)
-    raise Interrupted(signum)
-
-
-def catch_signals() -> None:
-    """Let the signals that ask for an end go through the cleaning up; ignored ones stay so."""
-    for signum in ENDING_SIGNALS:
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, _interrupt)
-
-
-def release_signals(how: Any) -> None:
-    """Handle the signals that are caught no more, but as `how` says."""
-    for signum in ENDING_SIGNALS:
-        if signal.getsignal(signum) == _interrupt:
-            signal.signal(signum, how)
-
-
 def end_by_signal(signum: int) -> int:
     """End the process by a signal, so that whoever waits for it sees that one."""
     signal.signal(signum, signal.SIG_DFL)
@@ -3583,7 +3619,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     progress = Progress()
     try:
         open_standard_descriptors()
-        catch_signals()
+        # Python's own answer to Ctrl-C would be a traceback.
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Where it is ignored, nobody can learn how a child has ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         progress.catch_signal()
         options = make_parser().parse_args(argv)
         if options.progress:
@@ -3593,7 +3633,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 run(options, resources, progress)
         finally:
             progress.turn_off()
-            release_signals(signal.SIG_DFL)  # nothing is left that could be cleaned up
+            release_signals()  # nothing is left that could be cleaned up
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's end would make it deadly
         return 0
     except Error as error:

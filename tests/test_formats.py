@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple
@@ -434,6 +435,26 @@ def test_rbd_without_a_mapped_device(ceph: Cluster, tmp_path: Path) -> None:
     shell("qemu-img", "compare", "-f", "raw", "-F", "qcow2", ceph.url("direct@night"),
           tmp_path / "a.qcow2")  # fmt: skip
     assert image == stream("--image-opts", options)
+
+
+def test_a_signal_while_the_daemon_is_waited_for(
+    dense_vmdk: Path, tmp_path: Path, temporary: Path
+) -> None:
+    """After an error, of a daemon that does not end when it is asked to."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "qemu-storage-daemon"
+    fake.write_text("#!/bin/sh\ntrap '' TERM\nexec 1>&-\nsleep 60\n")
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    program = start("-f", "vmdk", dense_vmdk, env=env)
+    while not list(temporary.iterdir()):
+        time.sleep(0.01)
+    time.sleep(1.5)
+    program.send_signal(signal.SIGTERM)
+    program.communicate(timeout=TIMEOUT)
+    assert program.returncode in (1, -signal.SIGTERM)
+    assert not list(temporary.iterdir())
 
 
 def test_block_devices_hold_images_too(tmp_path: Path, loop_device: Callable[..., str]) -> None:

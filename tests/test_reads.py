@@ -199,7 +199,7 @@ def test_an_interrupt_ends_it_while_readers_wait(
 ) -> None:
     raw = write_disk(tmp_path / "disk.raw", 64 * MIB, [(0, bytes(64 * MIB))])
     program = start(fuse_disk(raw, latency=1.0, direct=True).path)
-    wait_until_it_catches(program, signal.SIGTERM)
+    wait_until_it_catches(program, signal.SIGUSR1)
     time.sleep(2)
     program.send_signal(signal.SIGTERM)
     began = time.monotonic()

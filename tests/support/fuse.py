@@ -101,6 +101,11 @@ def serve(options: argparse.Namespace) -> None:
             info.direct_io = options.direct
             return 0
 
+        def flush(self, path: str, info: Any) -> int:
+            # The kernel asks no more then: not even SIGKILL would end a program that closes the
+            # file of a server that does not answer.
+            raise mfusepy.FuseOSError(errno.ENOSYS)
+
         def read(self, path: str, size: int, offset: int, info: Any) -> bytes:
             with self.guard:
                 self.seen += size
