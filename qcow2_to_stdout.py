@@ -920,7 +920,10 @@ def complaint(stderr: bytes) -> str:
 
 
 class Drain:
-    """Reads what a program says on stderr, so that it never waits for a reader. Keeps the end."""
+    """Reads what a program says on stderr, so that it never waits for a reader. Keeps the end.
+
+    The pipe is the thread's to close: a child of the program may hold its other end for ever.
+    """
 
     def __init__(self, pipe: Any) -> None:
         """Start to read. Raises Error if there is no thread for it."""
@@ -929,9 +932,12 @@ class Drain:
         self._thread = start_thread(self._run)
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # closed from under it
-            for line in self._pipe:
-                self._kept = (self._kept + line)[-4096:]
+        with self._pipe:
+            while True:
+                data = os.read(self._pipe.fileno(), 4096)
+                if not data:
+                    return
+                self._kept = (self._kept + data)[-4096:]
 
     def text(self) -> bytes:
         """What was said last, once the program has ended."""
@@ -952,9 +958,8 @@ class ImageName(NamedTuple):
     is_options: bool
 
     def _node(self) -> Dict[str, Any]:
-        is_block = os.path.exists(self.name) and stat.S_ISBLK(os.stat(self.name).st_mode)
-        driver = "host_device" if is_block else "file"
-        return {"driver": self.format, "file": {"driver": driver, "filename": self.name}}
+        file = {"driver": file_driver(self.name), "filename": self.name}
+        return {"driver": self.format, "file": file}
 
     def img_arguments(self) -> List[bytes]:
         """What names it to qemu-img. As JSON, so that no character of a name means anything."""
@@ -968,13 +973,21 @@ class ImageName(NamedTuple):
             return dump_json({**self._node(), "node-name": node_name, "read-only": True})
         # Its syntax is the same, but for a driver that must be named where there is a file.
         parts = re.split(r"(?<!,)(?:,,)*,(?!,)", self.name)
-        keys = {part.split("=", 1)[0] for part in parts}
-        drivers = "".join(
-            f",{key[: -len('filename')]}driver=file"
-            for key in sorted(keys)
-            if key.endswith(".filename") and key[: -len("filename")] + "driver" not in keys
-        )
+        values = dict(part.replace(",,", ",").partition("=")[::2] for part in parts)
+        drivers = ""
+        for key, name in sorted(values.items()):
+            prefix = key[: -len("filename")]
+            if key.endswith(".filename") and prefix + "driver" not in values:
+                drivers += f",{prefix}driver={file_driver(name)}"
         return os.fsencode(f"{self.name}{drivers},node-name={node_name},read-only=on")
+
+
+def file_driver(name: str) -> str:
+    """QEMU's driver for a file or a block device."""
+    with contextlib.suppress(OSError, ValueError):  # QEMU says what is wrong with it
+        if stat.S_ISBLK(os.stat(name).st_mode):
+            return "host_device"
+    return "file"
 
 
 def dump_json(value: Any) -> bytes:
@@ -999,7 +1012,6 @@ def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[
         program.kill()
         program.wait()
         program.stdout.close()
-        program.stderr.close()
 
 
 def parse_qemu_json(text: bytes, image: ImageName) -> Any:
@@ -1339,7 +1351,7 @@ class Export:
             except subprocess.TimeoutExpired:
                 self._send(signal.SIGKILL)
                 self._daemon.wait()
-            for pipe in (self._daemon.stdin, self._daemon.stdout, self._daemon.stderr):
+            for pipe in (self._daemon.stdin, self._daemon.stdout):
                 pipe.close()
         self._remove_mount()
 

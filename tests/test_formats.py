@@ -437,6 +437,29 @@ def test_rbd_without_a_mapped_device(ceph: Cluster, tmp_path: Path) -> None:
     assert image == stream("--image-opts", options)
 
 
+def test_a_block_device_in_an_option_string(
+    tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    image = write(create(tmp_path / "a,b.qcow2", "1M"), "write -P 7 0 64k")
+    device = loop_device(image)
+    expected = stream(as_raw(image))
+    assert stream("--image-opts", f"driver=qcow2,file.filename={device}") == expected
+    name = str(image).replace(",", ",,")
+    assert stream("--image-opts", f"driver=qcow2,file.filename={name}") == expected
+
+
+def test_a_script_around_the_daemon(dense_vmdk: Path, tmp_path: Path) -> None:
+    """Its child, the real one, inherits all that it has."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fake = folder / "qemu-storage-daemon"
+    fake.write_text(f'#!/bin/sh\n{shutil.which("qemu-storage-daemon")} "$@"\ntrue\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    expected = stream("-f", "vmdk", dense_vmdk)
+    assert stream("-f", "vmdk", dense_vmdk, env=env) == expected
+
+
 def test_a_signal_while_the_daemon_is_waited_for(
     dense_vmdk: Path, tmp_path: Path, temporary: Path
 ) -> None:
