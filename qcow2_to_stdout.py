@@ -459,15 +459,17 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
     return (status.st_dev, status.st_ino)
 
 
-def layers_below(identity: Tuple[int, ...]) -> Iterator[Tuple[int, ...]]:
+def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterator[Tuple[int, ...]]:
     """The identities of a file or device and of all that it lies on, on Linux.
 
     A loop device lies on what it shows, a partition on its disk, a mapped device on its slaves.
+
+    fd      a descriptor of it, if there is one
     """
     yield identity
     if len(identity) > 1:
         return
-    shown = shown_by_loop(identity)
+    shown = shown_by_loop(identity, fd)
     if shown != identity:
         yield from layers_below(shown)
     folder = os.path.realpath(_sys_folder(identity[0]))
@@ -481,25 +483,34 @@ def layers_below(identity: Tuple[int, ...]) -> Iterator[Tuple[int, ...]]:
             yield from layers_below((os.makedev(major, minor),))
 
 
-def shown_by_loop(identity: Tuple[int, ...]) -> Tuple[int, ...]:
+def shown_by_loop(identity: Tuple[int, ...], fd: Optional[int] = None) -> Tuple[int, ...]:
     """The identity of the file or device that a loop device shows; of anything else, its own.
 
-    The device itself is asked: a name of its file may lead elsewhere by now.
+    The device itself is asked: a name of its file may lead elsewhere by now. What /sys says of
+    that name counts only where the device can't be opened.
+
+    fd      a descriptor of it: without one, its name in /dev is needed
     """
-    folder = _sys_folder(identity[0])
-    if len(identity) > 1 or not os.path.exists(os.path.join(folder, "loop")):
+    if len(identity) > 1 or not sys.platform.startswith("linux"):
         return identity
     import fcntl
 
-    with contextlib.suppress(OSError):
-        device = os.open("/dev/" + os.path.basename(os.path.realpath(folder)), os.O_RDONLY)
-        try:
-            answer = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
-        finally:
-            os.close(device)
+    folder = _sys_folder(identity[0])
+    device = None
+    try:
+        if fd is None:
+            name = os.path.basename(os.path.realpath(folder))
+            fd = device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        answer = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
         place, inode, number = struct.unpack_from("QQQ", answer)  # number: if it is a device
         return (place, inode) if number in (0, place) else (number,)
-    return identity
+    except OSError:  # no loop device, or not for us
+        with contextlib.suppress(OSError), open(f"{folder}/loop/backing_file", "rb") as file:
+            return file_identity(os.stat(file.read().rstrip(b"\n")))
+        return identity
+    finally:
+        if device is not None:
+            os.close(device)
 
 
 def _sys_folder(device: int) -> str:
@@ -2451,11 +2462,13 @@ class Output:
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             return
         ours = file_identity(self._status)
+        our_layers = set(layers_below(ours, self.fd))
+        # Two loop devices on one file are taken for one: they may show the same of it.
+        ours_and_shown = {ours, shown_by_loop(ours, self.fd)}
         for file in files:
             theirs = file.identity
-            # Two loop devices on one file are taken for one: they may show the same of it.
-            is_below = {ours, shown_by_loop(ours)} & set(layers_below(theirs))
-            if is_below or {theirs, shown_by_loop(theirs)} & set(layers_below(ours)):
+            is_below = ours_and_shown & set(layers_below(theirs, file.fd))
+            if is_below or {theirs, shown_by_loop(theirs, file.fd)} & our_layers:
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
                     "overwritten; write the image elsewhere"

@@ -168,6 +168,42 @@ def test_an_output_that_the_input_lies_on(
     assert disk.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "way, missing",
+    [
+        ("device to file", "/sys"),
+        ("device to file", "/dev"),
+        ("file to device", "/sys"),
+        ("file to device", "/dev"),
+        ("file to device", "rights"),
+    ],
+)
+def test_an_output_that_the_input_lies_on_where_little_is_told(
+    disk: Path, loop_device: Callable[..., str], way: str, missing: str
+) -> None:
+    """The device is asked by its descriptor: that needs no name, no /sys and no right."""
+    device = loop_device(disk)
+    source, target = (device, str(disk)) if way == "device to file" else (str(disk), device)
+    before = disk.read_bytes()
+    if missing == "rights":
+        words = ["setpriv", "--reuid=65534", "--clear-groups", "--bounding-set=-all"]
+    else:
+        words = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {missing}; exec "$@"', "sh"]
+    with open(target, "r+b") as out, open(source, "rb") as opened, open(PROGRAM, "rb") as program:
+        words += ["/usr/bin/python3", "-", f"/proc/self/fd/{opened.fileno()}"]
+        done = subprocess.run(
+            words,
+            stdin=program,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            pass_fds=[opened.fileno()],
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, "itself" in done.stderr) == (1, True), done.stderr
+    assert disk.read_bytes() == before
+
+
 @pytest.mark.parametrize("target", ["file", "disk", "partition"])
 def test_an_output_below_a_partition(
     disk: Path, loop_device: Callable[..., str], target: str
