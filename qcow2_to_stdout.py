@@ -260,6 +260,8 @@ _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
+ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one from another
+MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 LOOP_GET_STATUS64, LOOP_INFO_SIZE = 0x4C05, 232  # Linux's, from its loop.h
 
 
@@ -1304,7 +1306,7 @@ class Export:
                 mode = os.stat(path).st_mode
                 with open(f"{process}/fdinfo/{name}") as info:
                     flags = dict(line.split(":", 1) for line in info)["flags"]
-                is_log = int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+                is_log = int(flags, 8) & ACCESS_MODE != os.O_RDONLY
                 if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
                     yield DiskFile(path, os.readlink(path))
 
@@ -2435,26 +2437,45 @@ class Output:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
         self._is_socket = stat.S_ISSOCK(self._status.st_mode)
         self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
-        if self._keeps_packets_apart():  # a reader with a short buffer loses the end of each
-            raise Error("standard output is a pipe or a socket of packets; give it a stream")
-        if self._is_pipe and not is_text:
-            self._grow_pipe()
-
-    def _keeps_packets_apart(self) -> bool:
-        if self._is_pipe and hasattr(os, "O_DIRECT"):
+        self._is_block_device = stat.S_ISBLK(self._status.st_mode)
+        # A file or a disk is always said to be ready, even one that asks to try again.
+        self._may_wait = not (self._is_block_device or stat.S_ISREG(self._status.st_mode))
+        is_stream = True
+        if self._is_socket:
+            is_local, is_stream = self._look_at_socket()
+            # A receiver on this host may have pages in its queue, of which only a local socket
+            # tells how many: the end of the image that must be copied has no bound.
+            self._can_sendfile = self._can_sendfile and is_local
+        elif self._is_pipe:
             import fcntl
 
-            return bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT)
-        if self._is_socket:
-            import socket
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            is_stream = not flags & getattr(os, "O_DIRECT", 0)
+            if flags & ACCESS_MODE == os.O_RDWR:
+                raise Error(
+                    "standard output is a FIFO that is opened for reading as well, so that nobody "
+                    "would notice if its reader went away; redirect by > instead of <>"
+                )
+            if not is_text:
+                self._grow_pipe()
+        if not is_stream:  # a reader with a short buffer loses the end of each packet
+            raise Error("standard output is a pipe or a socket of packets; give it a stream")
 
-            try:  # what kind it is said to be here does not matter to the system
-                output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
-            except OSError as error:
-                raise Error(f"cannot look at standard output: {reason(error)}") from error
-            with output:
-                return output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM
-        return False
+    def _look_at_socket(self) -> Tuple[bool, bool]:
+        """Whether it is a local socket, and whether it is a stream."""
+        import socket
+
+        try:  # what kind it is said to be here does not matter to the system
+            output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise Error(f"cannot look at standard output: {reason(error)}") from error
+        with output:
+            domain = getattr(socket, "SO_DOMAIN", None)  # Linux
+            is_local = domain is not None and (
+                output.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
+            )
+            kind = output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        return is_local, kind == socket.SOCK_STREAM
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""
@@ -2500,10 +2521,13 @@ class Output:
         """Tell how long the image will be: of its end, copies are sent."""
         if not (self._is_pipe or self._is_socket):
             return
+        # All that finish() needs: where it is missing, that is to be said before the first byte.
+        import fcntl
+        import select  # noqa: F401  # likewise
+        import termios  # noqa: F401  # likewise
+
         holds = SOCKET_SIZE
         if self._is_pipe and sys.platform.startswith("linux"):
-            import fcntl
-
             with contextlib.suppress(OSError):
                 holds = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
         self._lends_to = size - holds
@@ -2535,10 +2559,12 @@ class Output:
         A reader that goes away while its bytes are still in the pipe or the socket has not got
         the image. It is waited for as long as it reads, and PATIENCE_AT_END more; and until it
         has taken all pages of the source. What a file system says only when a file is closed is
-        heard as well.
+        heard as well, and what a block device says only when it is written back.
         """
         self.flush()
         try:
+            if self._is_block_device:
+                os.fsync(self.fd)
             os.close(os.dup(self.fd))
         except OSError as error:
             raise self._write_error(error) from error
@@ -2576,11 +2602,13 @@ class Output:
         while len(view):
             try:
                 count = os.write(self.fd, view)
-            except BlockingIOError:
+            except OSError as error:
+                if not (self._may_wait and isinstance(error, BlockingIOError)):
+                    raise self._write_error(error) from error
                 wait_for(self.fd, "POLLOUT")
                 continue
-            except OSError as error:
-                raise self._write_error(error) from error
+            if not count:
+                raise self._write_error(OSError("it takes nothing"))
             self.written += count
             view = view[count:]
 
@@ -2607,15 +2635,15 @@ class Output:
             try:
                 # The system call takes less than 2 GiB at once.
                 count = os.sendfile(self.fd, file.fd, offset + sent, min(length - sent, 1 << 30))
-            except BlockingIOError:
-                wait_for(self.fd, "POLLOUT")
-                continue
-            except (BrokenPipeError, ConnectionError) as error:
-                raise self._write_error(error) from error
-            except OSError:
-                # An output opened for appending, an unusual source, a read or a write error:
-                # the copy loop goes on from here and finds out which it was.
-                self._can_sendfile = False
+            except OSError as error:
+                # A full pipe is waited for. Else it is an output opened for appending, an unusual
+                # source, a read or a write error, or a pipe that has room again: the copy loop
+                # goes on from here and finds out which it was.
+                if not isinstance(error, BlockingIOError):
+                    self._can_sendfile = False
+                elif self._may_wait and not wait_for(self.fd, "POLLOUT", 0):
+                    wait_for(self.fd, "POLLOUT")
+                    continue
                 break
             if not count:  # the file's end, or a short read before: the same
                 break
@@ -3665,6 +3693,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         report(f"{PROGRAM}: error: {error}")
     except MemoryError:
         report(f"{PROGRAM}: error: out of memory")
+    except ImportError as error:  # too few descriptors or too little memory, or Python is replaced
+        report(f"{PROGRAM}: error: cannot load a part of Python: {error}")
     except ConsumerGone:
         return end_by_signal(signal.SIGPIPE)
     except Interrupted as interruption:

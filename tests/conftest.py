@@ -52,6 +52,17 @@ def loop_device() -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a file system of one mebibyte."""
+    needs(os.geteuid() == 0, "root, to mount a small file system")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
 def fuse_disk(tmp_path: Path) -> Iterator[Callable[..., FuseDisk]]:
     """Make files on a FUSE file system: fuse_disk(file, **behaviour), see support.fuse."""
     needs(os.access("/dev/fuse", os.R_OK | os.W_OK), "/dev/fuse")

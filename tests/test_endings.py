@@ -1,5 +1,6 @@
 """Exit status 0 means a whole image; every other ending says why, and never by a traceback."""
 
+import errno
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ from support.fuse import FuseDisk
 from support.program import (
     TIMEOUT,
     Result,
+    altered,
     assert_failed,
     command,
     run,
@@ -91,6 +93,33 @@ def test_a_full_device(disk: Path) -> None:
     assert_failed(result, "cannot write", "No space left on device")
 
 
+def test_a_device_that_fails_when_it_is_written_back(
+    disk: Path, small_file_system: Path, loop_device: Callable[..., str]
+) -> None:
+    """As a thin volume that runs full, or a remote one that goes away."""
+    with open(small_file_system / "thin", "wb") as thin:
+        thin.truncate(64 << 20)
+    with open(loop_device(small_file_system / "thin"), "r+b") as out:
+        result = finish(start(disk, stdout=out))
+    assert_failed(result, "cannot write", "Input/output error")
+
+
+@pytest.mark.parametrize("answer", ["0", "again"])
+def test_a_file_that_takes_nothing(disk: Path, tmp_path: Path, answer: str) -> None:
+    code = (
+        "import errno, os\n"
+        "write = os.write\n"
+        "def take_nothing(fd, data):\n"
+        "    if fd != 1: return write(fd, data)\n"
+        f"    if {answer == '0'}: return 0\n"
+        "    raise BlockingIOError(errno.EAGAIN, 'again')\n"
+        "os.write = take_nothing\n"
+    )
+    with open(tmp_path / "out", "wb") as out:
+        result = finish(start(disk, stdout=out, env=altered(tmp_path, code)))
+    assert_failed(result, "cannot write")
+
+
 def test_a_file_size_limit(disk: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -115,11 +144,17 @@ def test_a_read_error_in_the_scan(disk: Path, fuse_disk: Callable[..., FuseDisk]
     assert_failed(result, "cannot read", "Input/output error", "at offset")
 
 
-def test_a_read_error_in_the_copy(disk: Path, fuse_disk: Callable[..., FuseDisk]) -> None:
+@pytest.mark.parametrize(
+    "error", [errno.EIO, errno.EAGAIN, errno.ESTALE, errno.EPIPE], ids=errno.errorcode.get
+)
+def test_a_read_error_in_the_copy(
+    disk: Path, fuse_disk: Callable[..., FuseDisk], error: int
+) -> None:
     # Where data is dense, the scan looks at the first 4 KiB of each cluster only.
-    result = run(fuse_disk(disk, error_at=(5 << 20) + 10_000, direct=True).path)
+    bad = fuse_disk(disk, error_at=(5 << 20) + 10_000, error=errno.errorcode[error], direct=True)
+    result = run(bad.path)
     assert result.stdout.startswith(b"QFI\xfb")
-    assert_failed(result, "cannot read", "Input/output error", "at offset")
+    assert_failed(result, "cannot read", os.strerror(error), "at offset")
 
 
 def overwrite(path: Path) -> None:

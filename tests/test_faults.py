@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, List
 
 import pytest
 from conftest import needs
@@ -236,6 +236,9 @@ def sockets(family: str) -> Any:
     if family == "unix":
         return socket.socketpair()
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if family == "large tcp":
+            needs(os.geteuid() == 0, "root, for a large buffer")
+            listener.setsockopt(socket.SOL_SOCKET, 33, 64 * MIB)  # SO_RCVBUFFORCE
         client = socket.create_connection(listener.getsockname())
         return client, listener.accept()[0]
 
@@ -261,7 +264,7 @@ def overwrite(path: Path) -> None:
         file.write(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "unix", "tcp"])
+@pytest.mark.parametrize("kind", ["pipe", "unix", "tcp", "large tcp"])
 def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
     """Not even if its reader dawdles until the program has ended and the source goes on."""
     raw = write_disk(tmp_path / "disk.raw", 48 * MIB, [(0, noise(48 * MIB))])
@@ -273,7 +276,7 @@ def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
         reader, writer = theirs.detach(), ours.detach()
     program = start(raw, stdout=writer)
     os.close(writer)
-    left = {"pipe": 500_000, "unix": 30_000, "tcp": 60_000}[kind]
+    left = {"pipe": 500_000, "unix": 30_000, "tcp": 60_000, "large tcp": 30 * MIB}[kind]
     with open(reader, "rb", buffering=0) as file:
         taken = b""
         while len(taken) < len(image) - left:
@@ -331,18 +334,8 @@ def test_a_pipe_whose_reader_comes_later_is_not_waited_for_without_end(tmp_path:
         assert file.read() == stream(raw)
 
 
-@pytest.fixture
-def full_file_system(tmp_path: Path) -> Iterator[Path]:
-    needs(os.geteuid() == 0, "root, to mount a small file system")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_file_system(disk: Path, full_file_system: Path) -> None:
-    with open(full_file_system / "image", "wb") as out:
+def test_a_full_file_system(disk: Path, small_file_system: Path) -> None:
+    with open(small_file_system / "image", "wb") as out:
         result = finish(start(disk, stdout=out))
     assert_failed(result, "cannot write", "No space left on device", "after 1048576 bytes")
 
@@ -524,6 +517,14 @@ def test_a_signal_while_the_source_does_not_answer(
     assert program.stderr.read() == b""
     program.stdout.close()
     program.stderr.close()
+
+
+def test_a_python_that_lacks_a_part(disk: Path, tmp_path: Path) -> None:
+    """What the end needs is loaded before the first byte leaves."""
+    broken = "import sys\nsys.modules['termios'] = None\n"
+    result = run(disk, env=altered(tmp_path, broken))
+    assert result.stdout == b""
+    assert_failed(result, "cannot load", "termios")
 
 
 def test_locale_c_and_names_that_are_no_text(disk: Path, tmp_path: Path) -> None:

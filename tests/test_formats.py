@@ -578,6 +578,16 @@ def test_no_ending_leaves_a_daemon(dense_vmdk: Path, signum: int, temporary: Pat
     assert not os.path.exists(f"/proc/{daemon}")
 
 
+@pytest.mark.parametrize("python", pythons(), ids=version)
+def test_an_export_under_every_python(dense_vmdk: Path, python: str) -> None:
+    expected = stream(as_raw(dense_vmdk, "vmdk"))
+    assert stream("-f", "vmdk", dense_vmdk, python=python) == expected
+    program = start("-f", "vmdk", dense_vmdk, python=python)
+    program.stdout.read(1)
+    os.utime(dense_vmdk)
+    assert b"changed while" in program.communicate(timeout=TIMEOUT)[1]
+
+
 def test_a_daemon_that_dies(dense_vmdk: Path) -> None:
     expected = stream("-f", "vmdk", dense_vmdk)
     program = start("-f", "vmdk", dense_vmdk)

@@ -204,6 +204,15 @@ def test_an_output_that_the_input_lies_on_where_little_is_told(
     assert disk.read_bytes() == before
 
 
+def test_a_fifo_that_is_opened_for_reading_as_well(disk: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with open(os.open(tmp_path / "fifo", os.O_RDWR), "wb") as out:
+        done = subprocess.run(
+            command(disk), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert_refused(Result(done.returncode, b"", done.stderr), "FIFO", "instead of <>")
+
+
 @pytest.mark.parametrize("target", ["file", "disk", "partition"])
 def test_an_output_below_a_partition(
     disk: Path, loop_device: Callable[..., str], target: str

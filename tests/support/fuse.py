@@ -20,7 +20,8 @@ class FuseDisk:
     """A mounted file system and its server.
 
     latency       seconds that each read sleeps
-    error_at      reads that touch this offset fail with EIO
+    error_at      reads that touch this offset fail
+    error         … by this name; EIO if nothing else is said
     error_after   … but only after so many bytes of the file have been read
     short         reads return at most so many bytes and then less than asked for
     direct        reads bypass the page cache, so that each is seen
@@ -116,7 +117,7 @@ def serve(options: argparse.Namespace) -> None:
                 time.sleep(options.latency)
             touched = options.error_at is not None and offset <= options.error_at < offset + size
             if touched and seen > options.error_after:
-                raise mfusepy.FuseOSError(errno.EIO)
+                raise mfusepy.FuseOSError(getattr(errno, options.error))
             return os.pread(self.fd, min(size, options.short or size), offset)
 
     # raw_fi hands over the structure that says whether the page cache is used.
@@ -132,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("log")
     parser.add_argument("--latency", type=float, default=0)
     parser.add_argument("--error-at", type=int)
+    parser.add_argument("--error", default="EIO")
     parser.add_argument("--error-after", type=int, default=0)
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
