@@ -3553,16 +3553,26 @@ class Progress:
         self._done = lambda: 0  # type: Callable[[], int]
         self._began = self._entered = time.monotonic()
         self._is_on = False
+        self._is_mute = self._is_busy = False
         self._is_terminal = False
         self._is_drawn = False
 
     def catch_signal(self) -> None:
-        """Answer SIGUSR1, unless it is ignored."""
+        """Answer SIGUSR1, unless it is ignored, or the answer would get into the image."""
         if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+            self._is_mute = stderr_is_the_output()
             signal.signal(signal.SIGUSR1, lambda _signum, _frame: self._print())
 
     def turn_on(self) -> None:
-        """Say something every so often: redrawn on a terminal, a line into anything else."""
+        """Say something every so often: redrawn on a terminal, a line into anything else.
+
+        Raises Error if it would get into the image.
+        """
+        if stderr_is_the_output():
+            raise Error(
+                "standard error goes where the image goes, and what --progress says would get "
+                "into it; redirect one of them, for example by 2> LOG"
+            )
         with contextlib.suppress(OSError):
             self._is_terminal = os.isatty(2)
         self._is_on = True
@@ -3596,13 +3606,18 @@ class Progress:
         )
 
     def _print(self) -> None:
+        if self._is_mute or self._is_busy:
+            return
+        self._is_busy = True  # a storm of signals would interrupt one answer by the next
         self._is_drawn = False
-        report(("\r\x1b[K" if self._is_terminal and self._is_on else "") + self.line())
+        start = "\r\x1b[K" if self._is_terminal and self._is_on else ""
+        report(start + self.line(), patience=0)
+        self._is_busy = False
 
     def _draw(self) -> None:
         if self._is_terminal:
             self._is_drawn = True
-            report("\r\x1b[K" + self.line(), end="")
+            report("\r\x1b[K" + self.line(), end="", patience=0)
         else:
             self._print()
 
@@ -3622,6 +3637,7 @@ class Progress:
 
 
 TERMINAL_INTERVAL, LOG_INTERVAL = 0.2, 5.0  # seconds between two drawings
+STDERR_PATIENCE = 5.0  # seconds that a message at the end waits for a full pipe
 
 
 def human(count: float) -> str:
@@ -3648,10 +3664,24 @@ def end_by_signal(signum: int) -> int:
     return 128 + signum
 
 
-def report(message: str, end: str = "\n") -> None:
-    """Write a message to stderr. Whatever becomes of it, the exit status tells the outcome."""
-    with contextlib.suppress(OSError):
-        os.write(2, (message + end).encode("utf-8", "surrogateescape"))
+def report(message: str, end: str = "\n", patience: float = STDERR_PATIENCE) -> None:
+    """Write a message to stderr. Whatever becomes of it, the exit status tells the outcome.
+
+    patience    seconds that a full pipe is waited for: perhaps nobody reads it
+    """
+    with contextlib.suppress(OSError, ImportError):
+        if wait_for(2, "POLLOUT", patience):
+            os.write(2, (message + end).encode("utf-8", "surrogateescape"))
+
+
+def stderr_is_the_output() -> bool:
+    """Whether messages would get into the image: by 2>&1, or by nohup on a terminal."""
+    try:
+        ours, theirs = os.fstat(1), os.fstat(2)
+    except OSError:
+        return False
+    is_device = stat.S_ISCHR(ours.st_mode)  # a terminal, which no image goes to, or /dev/null
+    return not is_device and file_identity(ours) == file_identity(theirs)
 
 
 def open_standard_descriptors() -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import pytest
 from support.disks import Recipe, noise, write_disk
@@ -17,6 +17,7 @@ from support.program import (
     Result,
     altered,
     assert_failed,
+    assert_refused,
     command,
     run,
     start,
@@ -187,6 +188,30 @@ def test_a_block_device_that_shrinks(tmp_path: Path, loop_device: Callable[..., 
     os.truncate(raw, 4 << 20)
     subprocess.run(["losetup", "--set-capacity", device], check=True)
     assert_failed(finish(program), device, "snapshot")
+
+
+@pytest.mark.parametrize("option", [["-p"], []], ids=["progress", "SIGUSR1"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_messages_do_not_get_into_the_image(
+    disk: Path, tmp_path: Path, kind: str, option: List[str]
+) -> None:
+    """What nohup does with -p on a terminal, and 2>&1 anywhere."""
+    image = run(disk).stdout
+    if kind == "file":
+        with open(tmp_path / "out", "wb") as out:
+            program = start(disk, *option, stdout=out, stderr=subprocess.STDOUT)
+    else:
+        program = start(disk, *option, stderr=subprocess.STDOUT)
+    if not option:
+        wait_until_it_catches(program, signal.SIGUSR1)
+        for _ in range(20):
+            program.send_signal(signal.SIGUSR1)
+            time.sleep(0.002)
+    written = program.communicate(timeout=TIMEOUT)[0] or (tmp_path / "out").read_bytes()
+    if option:
+        assert_refused(Result(program.returncode, b"", written.decode()), "--progress")
+    else:
+        assert (program.returncode, written == image) == (0, True)
 
 
 def test_a_full_stderr_changes_nothing_but_the_message(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Either the image is exact and the exit status 0, or the status is not 0 and one 
 The README's table of guarantees names these tests.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -485,6 +486,41 @@ def test_little_memory(disk: Path, megabytes: int) -> None:
         assert_exact_or_failed(result, stream(disk))
     else:  # Python itself did not get so far
         assert result.stdout == b""
+
+
+def test_a_storm_of_questions_how_far_it_is(disk: Path) -> None:
+    """One signal's answer is not interrupted by that of the next."""
+    program = start(disk, "-c", "512", stderr=subprocess.DEVNULL)
+    wait_until_it_catches(program, signal.SIGUSR1)
+    storm = f"while :; do kill -USR1 {program.pid} || exit; done 2> {os.devnull}"
+    storms = [subprocess.Popen(["sh", "-c", storm]) for _ in range(2)]
+    image = program.communicate(timeout=TIMEOUT)[0]
+    for each in storms:
+        each.wait()
+    assert (program.returncode, image == stream(disk, "-c", "512")) == (0, True)
+
+
+@pytest.mark.parametrize("options", [[], ["-p"]], ids=["SIGUSR1", "progress"])
+def test_a_stderr_that_nobody_reads(
+    disk: Path, fuse_disk: Callable[..., FuseDisk], options: List[str]
+) -> None:
+    """A parent that reads the image first must not wait for one who waits for it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    program = start(disk, *options, stderr=writer, bufsize=0)
+    wait_until_it_catches(program, signal.SIGUSR1)
+    program.send_signal(signal.SIGUSR1)
+    assert program.stdout.read(1) == b"Q"
+    program.send_signal(signal.SIGUSR1)
+    os.close(writer)
+    image = b"Q" + b"".join(iter(lambda: program.stdout.read(1 << 20), b""))
+    assert (program.wait(TIMEOUT), image == stream(disk)) == (0, True)
+    program.stdout.close()
+    os.close(reader)
 
 
 @pytest.mark.parametrize("phase", ["scan", "copy"])
