@@ -292,8 +292,8 @@ class DiskFile:
             self._found = os.fstat(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.is_regular = stat.S_ISREG(self._found.st_mode)
-            if not self.size and self.is_regular and os.pread(self.fd, 1, 0):
-                raise Error(f"cannot read {quoted(name)}: it says that it is empty, but is not")
+            if not self.size and self.is_regular:
+                self._refuse_if_longer()
         except (OSError, ValueError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise Error(f"cannot open {quoted(name)}: {why}") from error
@@ -314,6 +314,17 @@ class DiskFile:
                     f"cannot read {quoted(self.name)}: it is {kind}; give a regular file or a "
                     f"block device{hint}"
                 )
+
+    def _refuse_if_longer(self) -> None:
+        try:
+            is_longer = self.size < MAX_SIZE and os.pread(self.fd, 1, self.size)
+        except OSError as error:
+            raise self.read_error(self.size, error) from error
+        if is_longer:
+            raise Error(
+                f"cannot read {self.label}: it holds more than the {self.size} bytes that it says "
+                "it has"
+            )
 
     def close(self) -> None:
         """Close the descriptor. That the file's server is gone has been said where it matters."""
@@ -370,7 +381,7 @@ class DiskFile:
 
     def read_error(self, offset: int, error: OSError) -> Error:
         """What to raise where a read fails."""
-        return Error(f"cannot read {quoted(self.name)} at offset {offset}: {reason(error)}")
+        return Error(f"cannot read {self.label} at offset {offset}: {reason(error)}")
 
     def ended_early(self, offset: int) -> Error:
         """What to raise where there is nothing left to read."""
@@ -403,8 +414,11 @@ class DiskFile:
     def data_extents(self, end: int) -> Iterator[Tuple[int, int]]:
         """(start, end) of what is not a hole before end, as far as the file system can tell.
 
-        All of it where it can't: block devices, some file systems, some Pythons.
+        All of it where it can't, or where what it tells can't be: block devices, some file
+        systems, some Pythons.
         """
+        if self.is_regular:
+            self._refuse_if_longer()
         if not self.is_regular or _SEEK_DATA is None or _SEEK_HOLE is None:
             yield 0, end
             return
@@ -412,15 +426,18 @@ class DiskFile:
         while position < end:
             try:
                 start = os.lseek(self.fd, position, _SEEK_DATA)
-                position = os.lseek(self.fd, start, _SEEK_HOLE)
+                hole = os.lseek(self.fd, start, _SEEK_HOLE) if start < self.size else 0
             except OSError as error:
                 if error.errno == errno.ENXIO:  # a hole up to the end, or an empty file
                     return
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                     raise self.read_error(position, error) from error
-                start, position = position, end
+                start, hole = position, end
+            if not position <= start < hole:
+                start, hole = position, end
+            position = hole
             if start < end:
-                yield start, min(position, end)
+                yield start, min(hole, end)
 
     def refuse_if_replaced(self) -> None:
         """Raise Error if the name leads elsewhere now: QEMU has opened it a second time."""
@@ -448,10 +465,19 @@ class DiskFile:
             what = "it was written to"
         else:
             return
-        raise Error(
-            f"{quoted(self.name)} changed while it was read: {what}; the image is not consistent, "
+        raise self.changed(what)
+
+    def changed(self, what: str) -> Error:
+        """What to raise where the file is not what it was."""
+        return Error(
+            f"{self.label} changed while it was read: {what}; the image is not consistent, "
             "export a snapshot instead"
         )
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return quoted(self.name)
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
@@ -635,7 +661,15 @@ class StreamFile(DiskFile):
         """It is not ours to close."""
 
     def check_unchanged(self) -> None:
-        """It can't change: what has been read is gone."""
+        """Raise Error if it is a regular file, and not what it was; else what is read is gone."""
+        now = os.fstat(self.fd)
+        if stat.S_ISREG(now.st_mode) and now.st_mtime_ns != self._found.st_mtime_ns:
+            raise self.changed("it was written to")
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return "standard input"
 
     def advise(self, offset: int, length: int, how: str) -> None:
         """There is nothing to tell the kernel of a stream."""
@@ -1087,7 +1121,7 @@ def local_file(name: str) -> Optional[str]:
     except ValueError:
         return None
     is_remote = ":" in name.split("/", 1)[0]  # a protocol, as QEMU reads it
-    return path if is_there and not is_remote and "\N{REPLACEMENT CHARACTER}" not in name else None
+    return path if is_there and not is_remote and "\ufffd" not in name else None
 
 
 def member_files(
@@ -1769,7 +1803,7 @@ class ZeroProbe(NamedTuple):
 
 def available_memory() -> int:
     """Bytes that the page cache may take, as far as Linux tells; 0 elsewhere."""
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+    with contextlib.suppress(OSError, LookupError, ValueError), open("/proc/meminfo") as file:
         return int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) << 10
     return 0
 
@@ -3315,7 +3349,9 @@ def read_json_source(name: str, option: str, what: str) -> str:
         raise Error(f"{option}: cannot read {quoted(name)}: {why}") from error
     if len(raw) > MAX_JSON_BYTES:
         raise Error(f"{what} is longer than {MAX_JSON_BYTES >> 20} MiB; that is no list of extents")
-    return raw.decode("utf-8", "surrogateescape")
+    # Only names and descriptions can hold more than ASCII, and nobody asks for those; but one
+    # character of an unusual script would make the text take four times its size.
+    return raw.decode("latin-1")
 
 
 def read_all(file: Any, limit: int) -> bytes:

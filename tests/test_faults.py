@@ -136,8 +136,17 @@ def test_a_device_that_grows(tmp_path: Path, loop_device: Callable[..., str]) ->
 
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite", "punch", "touch"])
 @pytest.mark.parametrize("at", [1, 100_000, 2 * MIB])
-def test_a_file_that_is_changed_while_it_streams(disk: Path, change: str, at: int) -> None:
-    program = start(disk, bufsize=0)
+@pytest.mark.parametrize("way", ["by its name", "standard input"])
+def test_a_file_that_is_changed_while_it_streams(
+    disk: Path, change: str, at: int, way: str
+) -> None:
+    if way == "standard input":
+        with open(disk, "rb") as opened:
+            program = start("-", "--size", "6M", stdin=opened, bufsize=0)
+        words = ["standard input"]
+    else:
+        program = start(disk, bufsize=0)
+        words = ["disk.raw", "snapshot"]
     taken = 0
     while taken < at:
         taken += len(program.stdout.read(at - taken))
@@ -152,7 +161,7 @@ def test_a_file_that_is_changed_while_it_streams(disk: Path, change: str, at: in
     else:
         with open(disk, "r+b") as file:
             file.write(b"!")
-    assert_failed(finish(program), "disk.raw", "snapshot")
+    assert_failed(finish(program), *words)
 
 
 def test_a_file_that_is_replaced_is_read_to_its_end(disk: Path, tmp_path: Path) -> None:

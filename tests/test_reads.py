@@ -146,6 +146,24 @@ if hasattr(os, "preadv"):
 """
 
 
+@pytest.mark.parametrize("text", ["", "MemTotal: 1 kB\n", "MemAvailable: much\n", "nonsense\n"])
+def test_a_far_source_where_nobody_tells_of_memory(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], text: str
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
+    (tmp_path / "meminfo").write_text(text)
+    code = (
+        "import builtins\n"
+        "real = open\n"
+        "def other(name, *rest, **more):\n"
+        f"    return real({str(tmp_path / 'meminfo')!r} if name == '/proc/meminfo' else name,"
+        " *rest, **more)\n"
+        "builtins.open = other\n"
+    )
+    far = fuse_disk(raw, latency=0.003)
+    assert stream(far.path, env=altered(tmp_path, code)) == stream(raw)
+
+
 def test_short_reads_are_read_to_their_end(tmp_path: Path) -> None:
     # A FUSE file can't show this: the kernel takes a short answer for the file's end.
     raw = Recipe(3 * MIB, [(0, "every4096", 2 * MIB)]).write(tmp_path / "disk.raw")
@@ -225,6 +243,17 @@ def test_memory_is_bounded_on_a_worst_case_map(tmp_path: Path) -> None:
     assert grown < 12 * MIB + clusters  # buffers, and less than a byte for each cluster
 
 
+def test_memory_of_a_layout_does_not_depend_on_its_script(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 64 * MIB)
+    peaks = []
+    for name in ("disk", "d\u00efsk", "\u78c1\u76d8", "\U0001f4be"):
+        entry = {"start": 0, "length": 4096, "depth": 0, "zero": False, "data": True}
+        entries = [{**entry, "filename": name * (48 // len(name.encode()))}] * 100_000
+        (tmp_path / "layout").write_text(json.dumps(entries, ensure_ascii=False), "utf-8")
+        peaks.append(peak_memory(str(raw), "--layout", str(tmp_path / "layout")))
+    assert max(peaks) - min(peaks) < 4 * MIB
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     few = write_disk(tmp_path / "few.raw", 256 * MIB, [(0, noise(MIB))])
     much = write_disk(tmp_path / "much.raw", 256 * MIB, [(0, noise(MIB) * 256)])
@@ -257,6 +286,21 @@ SYSTEMS = {
         "    return lseek(fd, at, how)\n"
         "os.lseek = refuse\n"
     ),
+    **{
+        f"answers nonsense to a search for holes: {what}": (
+            "import os\n"
+            "lseek = os.lseek\n"
+            "def answer(fd, at, how):\n"
+            f"    return {value} if how == os.SEEK_{which} else lseek(fd, at, how)\n"
+            "os.lseek = answer\n"
+        )
+        for what, which, value in (
+            ("back", "DATA", "max(0, at - 65536)"),
+            ("far ahead", "DATA", "1 << 62"),
+            ("none at all", "HOLE", "at"),
+            ("back again", "HOLE", "0"),
+        )
+    },
     "has no sendfile": "import os\ndel os.sendfile\n",
     "refuses sendfile": (
         "import errno, os\n"

@@ -12,6 +12,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import pytest
 from conftest import needs
 from support.disks import write_disk
+from support.fuse import FuseDisk
 from support.program import PROGRAM, Result, assert_refused, command, run, stream
 
 import qcow2_to_stdout
@@ -295,7 +296,14 @@ def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_hides_its_content() -> None:
-    assert_refused(run("/proc/sys/kernel/hostname"), "hostname", "empty, but is not")
+    assert_refused(run("/proc/sys/kernel/hostname"), "hostname", "more than the 0 bytes")
+
+
+def test_a_file_that_holds_more_than_it_says(
+    disk: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    shown = fuse_disk(disk, size=4096, direct=True).path
+    assert_refused(run(shown), str(shown), "more than the 4096 bytes")
 
 
 def huge(tmp_path: Path, size: int) -> Path:

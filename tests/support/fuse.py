@@ -23,6 +23,7 @@ class FuseDisk:
     error_at      reads that touch this offset fail
     error         … by this name; EIO if nothing else is said
     error_after   … but only after so many bytes of the file have been read
+    size          bytes that the file is said to have, if not all
     short         reads return at most so many bytes and then less than asked for
     direct        reads bypass the page cache, so that each is seen
     count         keep a log of the reads
@@ -91,7 +92,7 @@ def serve(options: argparse.Namespace) -> None:
             return {
                 "st_mode": 0o100444,
                 "st_nlink": 1,
-                "st_size": status.st_size,
+                "st_size": status.st_size if options.size is None else options.size,
                 "st_mtime": status.st_mtime_ns,
             }
 
@@ -135,6 +136,7 @@ if __name__ == "__main__":
     parser.add_argument("--error-at", type=int)
     parser.add_argument("--error", default="EIO")
     parser.add_argument("--error-after", type=int, default=0)
+    parser.add_argument("--size", type=int)
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--count", action="store_true")
