@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import needs
@@ -111,6 +111,20 @@ def check_both_ways(path: Path, tmp_path: Path, *options: Any, direct: bool = Tr
 
 
 PROGRAM = Path(__file__).resolve().parents[1] / "qcow2_to_stdout.py"
+
+
+def replaced(tmp_path: Path, program: str, script: str) -> Dict[str, str]:
+    """An environment where a script stands for a program of QEMU's; REAL in it is the real one."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / program).write_text(script.replace("REAL", shutil.which(program) or ""))
+    (folder / program).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def wrapped(tmp_path: Path, script: str) -> Dict[str, str]:
+    """An environment in which qemu-img does something before its work."""
+    return replaced(tmp_path, "qemu-img", f'#!/bin/bash\n{script}\nexec REAL "$@"\n')
 
 
 @pytest.fixture
@@ -450,12 +464,7 @@ def test_a_block_device_in_an_option_string(
 
 def test_a_script_around_the_daemon(dense_vmdk: Path, tmp_path: Path) -> None:
     """Its child, the real one, inherits all that it has."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    fake = folder / "qemu-storage-daemon"
-    fake.write_text(f'#!/bin/sh\n{shutil.which("qemu-storage-daemon")} "$@"\ntrue\n')
-    fake.chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    env = replaced(tmp_path, "qemu-storage-daemon", '#!/bin/sh\nREAL "$@"\ntrue\n')
     expected = stream("-f", "vmdk", dense_vmdk)
     assert stream("-f", "vmdk", dense_vmdk, env=env) == expected
 
@@ -464,12 +473,8 @@ def test_a_signal_while_the_daemon_is_waited_for(
     dense_vmdk: Path, tmp_path: Path, temporary: Path
 ) -> None:
     """After an error, of a daemon that does not end when it is asked to."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    fake = folder / "qemu-storage-daemon"
-    fake.write_text("#!/bin/sh\ntrap '' TERM\nexec 1>&-\nsleep 60\n")
-    fake.chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    script = "#!/bin/sh\ntrap '' TERM\nexec 1>&-\nsleep 60\n"
+    env = replaced(tmp_path, "qemu-storage-daemon", script)
     program = start("-f", "vmdk", dense_vmdk, env=env)
     while not list(temporary.iterdir()):
         time.sleep(0.01)
@@ -622,16 +627,6 @@ def test_a_member_that_changes_while_it_is_read(chain: List[Path]) -> None:
     stderr = program.communicate(timeout=TIMEOUT)[1].decode()
     assert program.returncode == 1
     assert "bottom.raw" in stderr
-
-
-def wrapped(tmp_path: Path, script: str) -> Any:
-    """An environment in which qemu-img does something before its work."""
-    folder = tmp_path / "wrapped"
-    folder.mkdir()
-    real = shutil.which("qemu-img")
-    (folder / "qemu-img").write_text(f'#!/bin/bash\n{script}\nexec {real} "$@"\n')
-    (folder / "qemu-img").chmod(0o755)
-    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("form", ["qcow2", "vmdk"])
@@ -804,26 +799,22 @@ def test_processes_that_proc_does_not_tell_of(dense_vmdk: Path, temporary: Path)
 
 
 def test_a_daemon_that_shows_nothing(dense_vmdk: Path, tmp_path: Path, temporary: Path) -> None:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    fake = folder / "qemu-storage-daemon"
-    fake.write_text("#!/bin/sh\necho hello; exec sleep 60\n")
-    fake.chmod(0o755)
-    path = f"{folder}:{os.environ['PATH']}"
-    result = run("-f", "vmdk", dense_vmdk, env={**os.environ, "PATH": path})
+    script = "#!/bin/sh\necho hello; exec sleep 60\n"
+    env = replaced(tmp_path, "qemu-storage-daemon", script)
+    result = run("-f", "vmdk", dense_vmdk, env=env)
     assert_refused(result, "can't be seen")
 
 
-SILENT_DAEMON = """#!{python}
+SILENT_DAEMON = """
 import time
 
 time.sleep(60)
 """
-STOPPED_DAEMON = """#!{python}
+STOPPED_DAEMON = """
 import ctypes, os, signal, subprocess, sys, time
 
 daemon = subprocess.Popen(
-    [{real!r}, *sys.argv[1:]],
+    ["REAL", *sys.argv[1:]],
     stdout=subprocess.PIPE,
     preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0),
 )
@@ -838,18 +829,12 @@ time.sleep(60)
 @pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
 def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
     """One is the real one, stopped when it has said hello. With less patience than the minute."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    fake = folder / "qemu-storage-daemon"
-    real = shutil.which("qemu-storage-daemon")
-    fake.write_text(daemon.format(python=sys.executable, real=real))
-    fake.chmod(0o755)
+    env = replaced(tmp_path, "qemu-storage-daemon", f"#!{sys.executable}\n{daemon}")
     impatient = (
         f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import qcow2_to_stdout as p; "
         "p.DAEMON_PATIENCE = 1; sys.exit(p.main())"
     )
     words = [sys.executable, "-c", impatient, "-f", "vmdk", str(dense_vmdk)]
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(words, capture_output=True, env=env, timeout=TIMEOUT, check=False)
     result = Result(done.returncode, done.stdout, done.stderr.decode())
     assert_refused(result, "does not answer")
@@ -858,16 +843,11 @@ def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> N
 def test_a_qemu_img_that_is_killed_where_nobody_asks_for_its_status(tmp_path: Path) -> None:
     """A parent that ignores SIGCHLD hands that down: the kernel forgets how children end."""
     image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 0 8M")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    real = shutil.which("qemu-img")
-    (folder / "qemu-img").write_text(
-        f'#!/bin/sh\ncase $1 in map) echo \'[{{"start": 0, "length": 65536, "depth": 0, '
-        f'"present": true, "zero": false, "data": true, "offset": 327680}},\'; kill -9 $$;; '
-        f'*) {real} "$@";; esac\n'
+    entry = (
+        '{"start": 0, "length": 65536, "depth": 0, "zero": false, "data": true, "offset": 327680}'
     )
-    (folder / "qemu-img").chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    dies = f"case $1 in map) echo '[{entry},'; kill -9 $$;; esac"
+    env = wrapped(tmp_path, dies)
     for handler in (signal.SIG_DFL, signal.SIG_IGN):
         ignore = functools.partial(signal.signal, signal.SIGCHLD, handler)
         result = run("-f", "qcow2", image, env=env, preexec_fn=ignore)
@@ -879,31 +859,19 @@ def test_a_qemu_img_that_is_killed_where_nobody_asks_for_its_status(tmp_path: Pa
 )
 def test_a_map_that_does_not_tell_of_all_of_the_disk(tmp_path: Path, text: str) -> None:
     image = write(create(tmp_path / "a.qcow2", "8M"), "write -P 1 0 8M")
-    folder = tmp_path / "bin"
-    folder.mkdir()
     entry = '{"start": %d, "length": 65536, "depth": 0, "zero": false, "data": true, "offset": 0}'
     for name, json_text in (("SOME", entry % 0), ("LATE", entry % 65536), ("DEEP", "[" * 100_000)):
         text = text.replace("{" + name + "}", json_text)
-    real = shutil.which("qemu-img")
-    (folder / "qemu-img").write_text(
-        f"#!/bin/sh\ncase $1 in map) echo '{text}';; *) {real} \"$@\";; esac\n"
-    )
-    (folder / "qemu-img").chmod(0o755)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    env = wrapped(tmp_path, f"case $1 in map) echo '{text}'; exit;; esac")
     assert_refused(run("-f", "qcow2", image, env=env), "cannot open", "a.qcow2", "qemu-img")
 
 
 @pytest.mark.parametrize("text", ["nonsense", "", "[]", "{}", "[1]", "null", "[{}]", "[" * 100_000])
 def test_a_qemu_img_that_prints_nonsense(tmp_path: Path, text: str) -> None:
     image = create(tmp_path / "a.qcow2", "1M")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "text").write_text(text)
-    (folder / "qemu-img").write_text(f"#!/bin/sh\ncat {folder}/text\n")
-    (folder / "qemu-img").chmod(0o755)
-    path = f"{folder}:{os.environ['PATH']}"
-    result = run("-f", "qcow2", image, env={**os.environ, "PATH": path})
-    assert_refused(result, "cannot open", "qemu-img")
+    (tmp_path / "text").write_text(text)
+    env = replaced(tmp_path, "qemu-img", f"#!/bin/sh\ncat {tmp_path}/text\n")
+    assert_refused(run("-f", "qcow2", image, env=env), "cannot open", "qemu-img")
 
 
 def test_a_member_that_is_rebased_while_the_chain_is_opened(tmp_path: Path) -> None:
@@ -913,15 +881,10 @@ def test_a_member_that_is_rebased_while_the_chain_is_opened(tmp_path: Path) -> N
     )
     middle = overlay(tmp_path / "middle.qcow2", old, "qcow2")
     top = overlay(tmp_path / "top.qcow2", middle, "qcow2")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    real = shutil.which("qemu-img")
-    rebase = f"{real} rebase -u -b {new} -F qcow2 {middle}"
-    wrapper = f'#!/bin/sh\n{real} "$@" && case $1 in info) {rebase};; esac\n'
-    (folder / "qemu-img").write_text(wrapper)
-    (folder / "qemu-img").chmod(0o755)
-    path = f"{folder}:{os.environ['PATH']}"
-    assert_refused(run("-f", "qcow2", top, env={**os.environ, "PATH": path}), "changed while")
+    rebase = f"REAL rebase -u -b {new} -F qcow2 {middle}"
+    script = f'#!/bin/sh\nREAL "$@" && case $1 in info) {rebase};; esac\n'
+    env = replaced(tmp_path, "qemu-img", script)
+    assert_refused(run("-f", "qcow2", top, env=env), "changed while")
 
 
 @pytest.mark.parametrize("size", [100_000, 65536 * 3 + 1])
