@@ -979,7 +979,7 @@ class Drain:
         self._thread = start_thread(self._run)
 
     def _run(self) -> None:
-        with self._pipe:
+        with self._pipe, contextlib.suppress(OSError):
             while True:
                 data = os.read(self._pipe.fileno(), 4096)
                 if not data:
