@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         Callable,
         Deque,
         Dict,
+        Generator,
         Iterable,
         Iterator,
         List,
@@ -69,7 +70,7 @@ else:
         def __getitem__(self, _item):
             return self
 
-    Any = Callable = Deque = Dict = Iterable = Iterator = List = _Subscriptable()
+    Any = Callable = Deque = Dict = Generator = Iterable = Iterator = List = _Subscriptable()
     Optional = Sequence = Tuple = Union = _Subscriptable()
 
     class NamedTuple(tuple):
@@ -490,12 +491,15 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
 def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterator[Tuple[int, ...]]:
     """The identities of a file or device and of all that it lies on, on Linux.
 
-    A loop device lies on what it shows, a partition on its disk, a mapped device on its slaves.
+    A file lies on its file system's device (if that has one: not so btrfs and remote ones), a loop
+    device on what it shows, a partition on its disk, a mapped device on its slaves.
 
     fd      a descriptor of it, if there is one
     """
     yield identity
     if len(identity) > 1:
+        if os.major(identity[0]):
+            yield from layers_below(identity[:1])
         return
     shown = shown_by_loop(identity, fd)
     if shown != identity:
@@ -1044,7 +1048,7 @@ def dump_json(value: Any) -> bytes:
     return os.fsencode(json.dumps(value, ensure_ascii=False))
 
 
-def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Iterator[bytes]:
+def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Generator[bytes, None, None]:
     """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
     arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
     parent = os.getpid()
@@ -1080,15 +1084,17 @@ def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
     return list(chain)
 
 
-def read_map(image: ImageName, size: int) -> Iterator[Dict[str, Any]]:
+def read_map(image: ImageName, size: int) -> Generator[Dict[str, Any], None, None]:
     """What `qemu-img map` says of each part of an image, from its start to its size in bytes.
 
     Raises Error where the parts don't follow each other up to there.
     """
     end = 0
-    for line in run_qemu_img(b"map", image):
-        text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
-        if text:
+    with contextlib.closing(run_qemu_img(b"map", image)) as lines:
+        for line in lines:
+            text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
+            if not text:
+                continue
             entry = parse_qemu_json(text, image)
             refuse_unless_it_tells(image, entry, ("start", "length", "depth", "zero", "data"))
             numbers = (entry["length"], entry["depth"], entry.get("offset", 0))
@@ -1150,13 +1156,15 @@ def read_chain(
         if not is_plain or has_data_file or any(name.startswith("json:") for name in below):
             return None
     source = ChainSource(chain[0]["virtual-size"], files)
-    for entry in read_map(image, source.size):
-        if entry["zero"]:
-            continue
-        is_there = "offset" in entry and entry["depth"] < len(files)
-        if not entry["data"] or not is_there or entry.get("compressed"):
-            return None
-        source.add(entry["start"], entry["length"], entry["depth"], entry["offset"])
+    # Closed here, and not by whoever collects garbage: he would swallow a signal's exception.
+    with contextlib.closing(read_map(image, source.size)) as entries:
+        for entry in entries:
+            if entry["zero"]:
+                continue
+            is_there = "offset" in entry and entry["depth"] < len(files)
+            if not entry["data"] or not is_there or entry.get("compressed"):
+                return None
+            source.add(entry["start"], entry["length"], entry["depth"], entry["offset"])
     return source
 
 
@@ -1387,20 +1395,27 @@ class Export:
 
     def close(self) -> None:
         """End the daemon, wait for it, and remove what is left."""
-        release_signals(lambda _signum, _frame: None)  # cleaning up must not be cut short
         self._is_closed.set()
-        if self._daemon is not None:
-            import subprocess
+        # Cleaning up must not be cut short.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        try:
+            if self._daemon is not None:
+                self._end_daemon()
+            self._remove_mount()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-            self._send(signal.SIGTERM)
-            try:
-                self._daemon.wait(END_PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._send(signal.SIGKILL)
-                self._daemon.wait()
-            for pipe in (self._daemon.stdin, self._daemon.stdout):
-                pipe.close()
-        self._remove_mount()
+    def _end_daemon(self) -> None:
+        import subprocess
+
+        self._send(signal.SIGTERM)
+        try:
+            self._daemon.wait(END_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._send(signal.SIGKILL)
+            self._daemon.wait()
+        for pipe in (self._daemon.stdin, self._daemon.stdout):
+            pipe.close()
 
 
 def libc_call(name: str, *arguments: Any) -> int:
@@ -1478,21 +1493,28 @@ def open_export(
     size        of the disk, in bytes
     watched     the files that are known to hold it: that they change would be noticed
     """
-    # Asked before the export is there: some servers talk to one client at a time.
-    ranges = stored_ranges(image, size)
-    export = Export(image)
-    resources.callback(export.close)
-    file = export.open()
-    resources.callback(file.close)
+    known = {each.identity for each in watched}
     held = []  # type: List[DiskFile]
-    for each in export.held_files():
-        resources.callback(each.close)
-        held.append(each)
-    if {each.identity for each in held} - {each.identity for each in watched}:
-        ranges = stored_ranges(image, size)  # they may have changed before they were watched
-    source = RawSource(file, ranges=ranges)
-    source.files += held
-    return source
+    for _ in range(2):
+        with contextlib.ExitStack() as attempt:
+            # Asked while there is no export: some servers talk to one client at a time.
+            ranges = stored_ranges(image, size)
+            export = Export(image)
+            attempt.callback(export.close)
+            file = export.open()
+            attempt.callback(file.close)
+            found = len(held)
+            for each in export.held_files():
+                resources.callback(each.close)
+                held.append(each)
+            if known.issuperset(each.identity for each in held[found:]):
+                resources.push(attempt.pop_all())
+                source = RawSource(file, ranges=ranges)
+                source.files += held
+                return source
+        # Files that nothing has named may have changed before they were watched: once more.
+        known.update(each.identity for each in held)
+    raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2458,6 +2480,7 @@ class Output:
         """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
+        self._is_text = is_text
         self._lends_to = sys.maxsize  # offset in the image up to which pages may be sent
         self._lent_to = 0  # … and were
         self._pending = []  # type: List[bytes]
@@ -2523,7 +2546,8 @@ class Output:
         for file in files:
             theirs = file.identity
             is_below = ours_and_shown & set(layers_below(theirs, file.fd))
-            if is_below or {theirs, shown_by_loop(theirs, file.fd)} & our_layers:
+            is_above = {theirs, shown_by_loop(theirs, file.fd)} & our_layers
+            if is_below or (is_above and not self._is_text):  # a few bytes beside it do no harm
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
                     "overwritten; write the image elsewhere"

@@ -371,6 +371,57 @@ def test_a_hole_that_is_no_zeros(tmp_path: Path) -> None:
         check_against_qemu(tmp_path, options)
 
 
+def test_a_server_for_one_client_and_a_file_that_nothing_names(tmp_path: Path) -> None:
+    """What QEMU reads is known when it shows the image; by then it holds the one connection."""
+    raw = write_disk(tmp_path / "raw", 4 * MIB, [(0, noise(4 * MIB))])
+    address = tmp_path / "nbd"
+    words = ["qemu-nbd", "-t", "-r", "-f", "raw", "--shared=1", "-k", str(address), str(raw)]
+    with subprocess.Popen(words) as server:
+        try:
+            while not address.exists():
+                time.sleep(0.02)
+            data = f"data_file={tmp_path / 'data'}"
+            uri = f"nbd+unix:///?socket={address}"
+            top = tmp_path / "top.qcow2"
+            backing = ["-u", "-F", "raw", "-b", uri]
+            shell("qemu-img", "create", "-q", "-f", "qcow2", "-o", data, *backing, top, "4M")
+            write(top, "write -P 5 1M 64k")
+            expected = as_raw(top)
+            assert stream("-f", "qcow2", top) == stream(expected)
+            program = start("-f", "qcow2", top)
+            program.stdout.read(1)
+            os.utime(tmp_path / "data")
+            assert b"changed while" in program.communicate(timeout=TIMEOUT)[1]
+        finally:
+            server.kill()
+
+
+def test_a_signal_while_an_abandoned_program_is_ended(dense_vmdk: Path, tmp_path: Path) -> None:
+    """Of a compressed chain, qemu-img need not say everything; an export is there already."""
+    small = write(create(tmp_path / "small.qcow2", "1M"), "write -c 0 64k")
+    marker = tmp_path / "marker"
+    slow = (
+        "import pathlib, subprocess, time\n"
+        "kill = subprocess.Popen.kill\n"
+        "def slow(self):\n"
+        "    kill(self)\n"
+        "    if 'map' in str(self.args):\n"
+        f"        pathlib.Path({str(marker)!r}).touch()\n"
+        "        time.sleep(1)\n"
+        "subprocess.Popen.kill = slow\n"
+    )
+    words = ["-f", "vmdk", dense_vmdk, "--diff", small, "--diff-format", "qcow2"]
+    program = start(*map(str, words), env=altered(tmp_path, slow))
+    while not marker.exists():
+        time.sleep(0.01)
+    marker.unlink()
+    while not marker.exists():  # the second: the base's
+        time.sleep(0.01)
+    program.send_signal(signal.SIGTERM)
+    stderr = program.communicate(timeout=TIMEOUT)[1]
+    assert (program.returncode, stderr) == (-signal.SIGTERM, b"")
+
+
 FILTERS = {
     "file": "",
     "file.file": "file.driver=compress,",
@@ -746,7 +797,9 @@ def test_no_mount_is_left_by_a_sudden_death(dense_vmdk: Path, temporary: Path, v
     needs(os.geteuid() == 0, "root, whose exports are in a name space of their own")
     for pause in (0, 0.005, 0.01, 0.02, 0.03, 0.05):
         program = start("-f", "vmdk", dense_vmdk, start_new_session=True)
-        while not list(temporary.iterdir()) and program.poll() is None:
+        # Its folder may come and go unseen, where the machine is busy.
+        while not (list(temporary.iterdir()) or daemons_of(program.pid)):
+            assert program.poll() is None
             time.sleep(0.001)
         time.sleep(pause)
         if victim == "group":

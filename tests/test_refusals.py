@@ -205,6 +205,39 @@ def test_an_output_that_the_input_lies_on_where_little_is_told(
     assert disk.read_bytes() == before
 
 
+@pytest.fixture
+def mounted(tmp_path: Path, loop_device: Callable[..., str]) -> Iterator[Tuple[str, Path]]:
+    """A device, and the folder where the file system on it is mounted."""
+    needs(shutil.which("mkfs.ext4") is not None, "mkfs.ext4 (e2fsprogs)")
+    device = loop_device(write_disk(tmp_path / "file-system", 16 << 20))
+    subprocess.run(["mkfs.ext4", "-q", device], check=True)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    subprocess.run(["mount", device, str(folder)], check=True)
+    yield device, folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("below", ["device", "file-system"])
+def test_an_output_on_the_other_side_of_a_file_system(
+    mounted: Tuple[str, Path], tmp_path: Path, below: str
+) -> None:
+    """The image would overwrite the disk's own file system, or grow into what is read."""
+    device, folder = mounted
+    under = device if below == "device" else str(tmp_path / "file-system")
+    disk = write_disk(folder / "disk.raw", 1 << 20, [(0, b"data")])
+    for source, target in ((str(disk), under), (under, str(folder / "image"))):
+        with open(target, "r+b" if target == under else "wb") as out:
+            done = subprocess.run(
+                command(source), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert (done.returncode, "lies on it" in done.stderr) == (1, True), done.stderr
+    with open(folder / "size", "wb") as out:  # some text does no harm
+        subprocess.run(command("--measure", under), stdout=out, check=True)
+    with open(folder / "image", "wb") as out:  # beside the disk there is room
+        subprocess.run(command(disk), stdout=out, check=True)
+
+
 def test_a_fifo_that_is_opened_for_reading_as_well(disk: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with open(os.open(tmp_path / "fifo", os.O_RDWR), "wb") as out:
