@@ -874,6 +874,25 @@ def start_thread(work: Callable[[], Any]) -> Any:
     return thread
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float, act: Callable[[], Any]) -> Iterator[Any]:
+    """Act, in another thread, if what is done inside takes longer. Yields an event: it did."""
+    import threading
+
+    is_done, is_late = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        if not is_done.wait(seconds):
+            is_late.set()
+            act()
+
+    start_thread(watch)
+    try:
+        yield is_late
+    finally:
+        is_done.set()
+
+
 class Readers:
     """A few threads that read: system calls and large copies let each other run.
 
@@ -934,7 +953,7 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-img": ("qemu-utils", "qemu-img"),
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
-DAEMON_PATIENCE = 60  # seconds for an export to appear: a remote server may be slow to answer
+QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
 SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
 END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
 PR_SET_PDEATHSIG, CLONE_NEWNS = 1, 0x20000  # Linux's, from its prctl.h, sched.h and mount.h
@@ -1048,15 +1067,27 @@ def dump_json(value: Any) -> bytes:
     return os.fsencode(json.dumps(value, ensure_ascii=False))
 
 
-def run_qemu_img(command: bytes, image: ImageName, *options: bytes) -> Generator[bytes, None, None]:
-    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
+def run_qemu_img(
+    command: bytes, image: ImageName, *options: bytes, patience: Optional[float] = None
+) -> Generator[bytes, None, None]:
+    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint.
+
+    patience    seconds that it may take, if not any time
+    """
     arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
     parent = os.getpid()
     program = start_program(arguments, preexec_fn=lambda: die_with(parent, signal.SIGKILL))
     try:
         stderr = Drain(program.stderr)
-        for line in program.stdout:
-            yield line
+        with contextlib.ExitStack() as limit:
+            is_late = limit.enter_context(time_limit(patience, program.kill)) if patience else None
+            for line in program.stdout:
+                yield line
+        if is_late and is_late.is_set():
+            raise Error(
+                f"cannot open {quoted(image.name)}: qemu-img does not answer within {patience} "
+                "seconds"
+            )
         if program.wait():
             raise Error(f"cannot open {quoted(image.name)}: {complaint(stderr.text())}")
     finally:
@@ -1077,7 +1108,7 @@ def parse_qemu_json(text: bytes, image: ImageName) -> Any:
 
 def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
     """What `qemu-img info` says of an image and of each backing file below it."""
-    text = b"".join(run_qemu_img(b"info", image, b"--backing-chain"))
+    text = b"".join(run_qemu_img(b"info", image, b"--backing-chain", patience=QEMU_PATIENCE))
     chain = parse_qemu_json(text, image)
     for member in chain if isinstance(chain, list) and chain else [None]:
         refuse_unless_it_tells(image, member, ("filename", "format", "virtual-size"))
@@ -1282,11 +1313,11 @@ class Export:
             preexec_fn=lambda: prepare_daemon(parent, has_proc),
         )
         self._stderr = Drain(self._daemon.stderr)
+        ending = set(ENDING_SIGNALS) - set(blocked)
+        start_thread(lambda: self._let_signals_through(ending))
         self._wait_until_ready()
         file = self._open_shown(has_proc)
         self._remove_mount()
-        ending = set(ENDING_SIGNALS) - set(blocked)
-        start_thread(lambda: self._let_signals_through(ending))
         return file
 
     def _let_signals_through(self, ending: Any) -> None:
@@ -1306,23 +1337,11 @@ class Export:
 
     def _open_shown(self, has_proc: bool) -> DiskFile:
         """Open what the daemon shows. One that does not answer would hold us for ever."""
-        import threading
-
-        is_open, is_late = threading.Event(), threading.Event()
-
-        def end_a_daemon_that_hangs() -> None:
-            if not is_open.wait(DAEMON_PATIENCE):
-                is_late.set()
-                self._send(signal.SIGKILL)
-
-        start_thread(end_a_daemon_that_hangs)
-        try:
+        with time_limit(QEMU_PATIENCE, lambda: self._send(signal.SIGKILL)) as is_late:
             shown = f"/proc/{self._daemon.pid}/root{self.path}" if has_proc else self.path
             file = DiskFile(
                 shown if os.path.exists(shown) else self.path, self._image.name, is_export=True
             )
-        finally:
-            is_open.set()
         if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
             file.close()
             if is_late.is_set():
@@ -1333,7 +1352,7 @@ class Export:
     def _no_answer(self) -> Error:
         return Error(
             f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer within "
-            f"{DAEMON_PATIENCE} seconds"
+            f"{QEMU_PATIENCE} seconds"
         )
 
     def held_files(self) -> Iterator[DiskFile]:
@@ -1354,7 +1373,7 @@ class Export:
 
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
-        if not wait_for(stdout.fileno(), "POLLIN", DAEMON_PATIENCE):
+        if not wait_for(stdout.fileno(), "POLLIN", QEMU_PATIENCE):
             raise self._no_answer()
         if not os.read(stdout.fileno(), 1):
             complaints = complaint(self._stderr.text())
@@ -3765,6 +3784,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Python's own answer to Ctrl-C would be a traceback.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getpid() == 1:  # a container's first process: a default action ends it not
+            catch_signals()
         # Where it is ignored, nobody can learn how a child has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         progress.catch_signal()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,6 +21,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("program")
+
+
+for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    # A shell's job in the background ignores them, and so would every program that is started.
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def pytest_report_header() -> str:

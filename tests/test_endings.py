@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
+from conftest import needs
 from support.disks import Recipe, noise, write_disk
 from support.fuse import FuseDisk
 from support.program import (
@@ -65,6 +66,20 @@ def test_a_signal_ends_it_by_that_signal(
     program.send_signal(signum)
     result = finish(program)
     assert (result.status, result.stderr) == (-signum, "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_first_process_of_a_container(disk: Path, name: str) -> None:
+    """The kernel does nothing by default there; the shell's convention says how it ended."""
+    needs(os.geteuid() == 0, "root, to make a name space")
+    words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *map(str, command(disk))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as container:
+        assert container.stdout
+        assert container.stdout.read(1) == b"Q"
+        children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.Signals[name])
+        assert container.communicate(timeout=TIMEOUT)[1] == b""
+    assert container.returncode == 128 + signal.Signals[name]
 
 
 def test_an_ignored_signal_stays_ignored(disk: Path) -> None:

@@ -881,16 +881,44 @@ time.sleep(60)
 
 @pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
 def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
-    """One is the real one, stopped when it has said hello. With less patience than the minute."""
+    """One is the real one, stopped when it has said hello."""
     env = replaced(tmp_path, "qemu-storage-daemon", f"#!{sys.executable}\n{daemon}")
+    assert_refused(run_impatiently("-f", "vmdk", str(dense_vmdk), env=env), "does not answer")
+
+
+def run_impatiently(*arguments: str, **options: Any) -> Result:
+    """Run the program with less patience than the minute that it grants QEMU."""
     impatient = (
         f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import qcow2_to_stdout as p; "
-        "p.DAEMON_PATIENCE = 1; sys.exit(p.main())"
+        "p.QEMU_PATIENCE = 1; sys.exit(p.main())"
     )
-    words = [sys.executable, "-c", impatient, "-f", "vmdk", str(dense_vmdk)]
-    done = subprocess.run(words, capture_output=True, env=env, timeout=TIMEOUT, check=False)
-    result = Result(done.returncode, done.stdout, done.stderr.decode())
-    assert_refused(result, "does not answer")
+    words = [sys.executable, "-c", impatient, *arguments]
+    done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, check=False, **options)
+    return Result(done.returncode, done.stdout, done.stderr.decode())
+
+
+def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen(1)
+        name = f"driver=nbd,server.type=unix,server.path={tmp_path}/s"
+        assert_refused(run_impatiently("--image-opts", name), "qemu-img does not answer")
+
+
+@pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
+def test_a_signal_while_a_daemon_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
+    """It is not for the minute to pass that a signal waits."""
+    marker = tmp_path / "marker"
+    said = f"\nopen({str(marker)!r}, 'w').close()\ntime.sleep(60)"
+    script = f"#!{sys.executable}\n{daemon}".replace("\ntime.sleep(60)", said)
+    env = replaced(tmp_path, "qemu-storage-daemon", script)
+    program = start("-f", "vmdk", dense_vmdk, env=env)
+    while not marker.exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(30) == -signal.SIGTERM
+    assert program.communicate() == (b"", b"")
 
 
 def test_a_qemu_img_that_is_killed_where_nobody_asks_for_its_status(tmp_path: Path) -> None:
