@@ -27,7 +27,7 @@ The format is specified in QEMU's docs/interop/qcow2.rst, called "the specificat
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until main() catches it: Ctrl-C while the rest is imported shall not end in a traceback.
+    # Ctrl-C shall not end in a traceback, not even while the rest is imported.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -293,6 +293,10 @@ class DiskFile:
             self._found = os.fstat(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.is_regular = stat.S_ISREG(self._found.st_mode)
+            if stat.S_ISBLK(self._found.st_mode):
+                # What somebody has read of it before may be old by now: a partition's content,
+                # or a mounted file system's, has a memory of its own.
+                self.advise(0, 0, "DONTNEED")
             if not self.size and self.is_regular:
                 self._refuse_if_longer()
         except (OSError, ValueError) as error:
@@ -397,7 +401,7 @@ class DiskFile:
         )
 
     def advise(self, offset: int, length: int, how: str) -> None:
-        """Tell the kernel what is to come: how is RANDOM, NORMAL or WILLNEED. Only a hint."""
+        """Tell the kernel what is to come: how is RANDOM, NORMAL, WILLNEED or DONTNEED."""
         advice = getattr(os, "POSIX_FADV_" + how, None)
         if advice is not None:
             with contextlib.suppress(OSError):
@@ -1332,7 +1336,7 @@ class Export:
             late = late + 1 if ending & set(signal.sigpending()) else 0
             if late == 2:
                 self._send(signal.SIGKILL)
-            elif late == 4:  # it waits for something else: perhaps the output's server
+            elif late == 8:  # it waits for something else: perhaps the output's server
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _open_shown(self, has_proc: bool) -> DiskFile:

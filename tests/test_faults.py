@@ -185,6 +185,30 @@ def test_a_device_with_sectors_of_4_kib(
     assert stream(device) == stream(raw)
 
 
+def test_a_disk_that_was_read_before_its_partition_was_written(
+    tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    """The kernel remembers what it has read of each, and one does not see the other's writes."""
+    needs(shutil.which("addpart") is not None, "addpart (util-linux)")
+    raw = write_disk(tmp_path / "disk.raw", 8 * MIB, [(0, noise(8 * MIB))])
+    device = loop_device(raw)
+    with open(device, "rb") as somebody:  # who has it open, so that nothing is forgotten
+        before = somebody.read()
+        base = write_disk(tmp_path / "base.raw", 8 * MIB, [(0, before)])
+        subprocess.run(["addpart", device, "1", "2048", "8192"], check=True)
+        try:
+            with open(f"{device}p1", "r+b", buffering=0) as partition:
+                partition.write(b"new" * 100_000)
+                os.fsync(partition.fileno())
+            image = stream(device)
+            difference = stream(device, "--diff", base)
+        finally:
+            subprocess.run(["delpart", device, "1"], check=True)
+    assert raw.read_bytes() != before
+    assert image == stream(raw)
+    assert difference == stream(raw, "--diff", base)
+
+
 def test_a_deleted_file(disk: Path) -> None:
     expected = stream(disk)
     program = start(disk, bufsize=0)
