@@ -263,7 +263,7 @@ _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
 ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one from another
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
-LOOP_GET_STATUS64, LOOP_INFO_SIZE = 0x4C05, 232  # Linux's, from its loop.h
+LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
 
 
 class DiskFile:
@@ -527,7 +527,10 @@ def shown_by_loop(identity: Tuple[int, ...], fd: Optional[int] = None) -> Tuple[
 
     fd      a descriptor of it: without one, its name in /dev is needed
     """
-    if len(identity) > 1 or not sys.platform.startswith("linux"):
+    # Its partitions, which have another number, would answer for it, but don't show all of it.
+    if len(identity) > 1 or os.major(identity[0]) != LOOP_MAJOR:
+        return identity
+    if not sys.platform.startswith("linux"):
         return identity
     import fcntl
 

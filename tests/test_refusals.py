@@ -247,6 +247,22 @@ def test_a_fifo_that_is_opened_for_reading_as_well(disk: Path, tmp_path: Path) -
     assert_refused(Result(done.returncode, b"", done.stderr), "FIFO", "instead of <>")
 
 
+def test_from_one_partition_to_another(disk: Path, loop_device: Callable[..., str]) -> None:
+    needs(shutil.which("addpart") is not None, "addpart (util-linux)")
+    whole = loop_device(write_disk(disk, 8 << 20, [(4096, b"x" * 65536)]))
+    subprocess.run(["addpart", whole, "1", "8", "512"], check=True)
+    subprocess.run(["addpart", whole, "2", "2048", "8192"], check=True)
+    try:
+        expected = stream(f"{whole}p1")
+        with open(f"{whole}p2", "r+b") as out:
+            subprocess.run(command(f"{whole}p1"), stdout=out, check=True)
+        with open(f"{whole}p2", "rb") as written:
+            assert written.read(len(expected)) == expected
+    finally:
+        for number in ("1", "2"):
+            subprocess.run(["delpart", whole, number], check=True)
+
+
 @pytest.mark.parametrize("target", ["file", "disk", "partition"])
 def test_an_output_below_a_partition(
     disk: Path, loop_device: Callable[..., str], target: str
