@@ -667,6 +667,8 @@ class StreamFile(DiskFile):
         self.size = size
         self._position = 0
         self._found = os.fstat(0)
+        if stat.S_ISBLK(self._found.st_mode):
+            super().advise(0, 0, "DONTNEED")  # as of any other device
 
     def close(self) -> None:
         """It is not ours to close."""
@@ -1533,6 +1535,8 @@ def open_export(
             for each in export.held_files():
                 resources.callback(each.close)
                 held.append(each)
+            if file.size != size:  # nobody watches a remote disk
+                break
             if known.issuperset(each.identity for each in held[found:]):
                 resources.push(attempt.pop_all())
                 source = RawSource(file, ranges=ranges)

@@ -202,10 +202,14 @@ def test_a_disk_that_was_read_before_its_partition_was_written(
                 os.fsync(partition.fileno())
             image = stream(device)
             difference = stream(device, "--diff", base)
+            with open(device, "rb") as opened:
+                done = subprocess.run(
+                    command("-", "--size", "8M"), stdin=opened, stdout=subprocess.PIPE, check=True
+                )
         finally:
             subprocess.run(["delpart", device, "1"], check=True)
     assert raw.read_bytes() != before
-    assert image == stream(raw)
+    assert image == done.stdout == stream(raw)
     assert difference == stream(raw, "--diff", base)
 
 

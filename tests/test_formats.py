@@ -422,6 +422,33 @@ def test_a_signal_while_an_abandoned_program_is_ended(dense_vmdk: Path, tmp_path
     assert (program.returncode, stderr) == (-signal.SIGTERM, b"")
 
 
+def test_a_remote_disk_that_grows_while_it_is_opened(tmp_path: Path) -> None:
+    """Between qemu-img's answers and the export, of which the end would be in no range."""
+    plugin = tmp_path / "plugin.sh"
+    plugin.write_text(
+        "case $1 in\n"
+        f"get_size) echo >> {tmp_path}/asked; n=$(wc -l < {tmp_path}/asked)\n"
+        "  [ $n -ge $LATE ] && echo 2097152 || echo 1048576;;\n"
+        "pread) head -c $3 /dev/zero | tr '\\0' A;;\n"
+        "can_extents) exit 3;;\n"
+        "*) exit 2;;\n"
+        "esac\n"
+    )
+    plugin.chmod(0o755)
+    for late in range(2, 5):
+        (tmp_path / "asked").write_text("")
+        folder = tmp_path / str(late)
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LATE", str(late))
+            with nbd_server(folder, "sh", plugin) as (_, options):
+                result = run("--image-opts", options)
+        if late == 4:  # after all have asked
+            assert result.status == 0
+        else:
+            assert_refused(result, "run the program again" if late == 3 else "of its 1048576 bytes")
+
+
 FILTERS = {
     "file": "",
     "file.file": "file.driver=compress,",
