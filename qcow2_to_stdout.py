@@ -495,8 +495,9 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
 def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterator[Tuple[int, ...]]:
     """The identities of a file or device and of all that it lies on, on Linux.
 
-    A file lies on its file system's device (if that has one: not so btrfs and remote ones), a loop
-    device on what it shows, a partition on its disk, a mapped device on its slaves.
+    A file lies on its file system's device (if it tells one: not so btrfs, overlayfs and
+    remote ones), a loop device on what it shows, a partition on its disk, a mapped device on its
+    slaves.
 
     fd      a descriptor of it, if there is one
     """
@@ -1208,6 +1209,18 @@ def read_chain(
     return source
 
 
+def stored_ranges(image: ImageName, size: int) -> "RangeList":
+    """What of an image is not known to be zeros.
+
+    An export's holes tell less: what QEMU can only find out by reading would be one of them.
+    """
+    ranges = RangeList()
+    for entry in read_map(image, size):
+        if not entry["zero"]:
+            ranges.add(entry["start"], entry["start"] + entry["length"])
+    return ranges
+
+
 # Signals end the program by their default action, at once and whatever it waits for, as long as
 # there is nothing to clean up. Once there is, they are caught.
 
@@ -1248,18 +1261,6 @@ def release_signals(how: Any = signal.SIG_DFL) -> None:
     for signum in ENDING_SIGNALS:
         if signal.getsignal(signum) == _interrupt:
             signal.signal(signum, how)
-
-
-def stored_ranges(image: ImageName, size: int) -> "RangeList":
-    """What of an image is not known to be zeros.
-
-    An export's holes tell less: what QEMU can only find out by reading would be one of them.
-    """
-    ranges = RangeList()
-    for entry in read_map(image, size):
-        if not entry["zero"]:
-            ranges.add(entry["start"], entry["start"] + entry["length"])
-    return ranges
 
 
 class Export:
