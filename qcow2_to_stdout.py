@@ -264,6 +264,8 @@ _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
 ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one from another
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
+AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
+STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 
 
 class DiskFile:
@@ -290,7 +292,7 @@ class DiskFile:
             # Look before opening: to open a FIFO would wait for its other end.
             self._refuse_unless_disk(os.stat(path).st_mode)
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._found = os.fstat(self.fd)
+            self._found = file_status(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.is_regular = stat.S_ISREG(self._found.st_mode)
             if stat.S_ISBLK(self._found.st_mode):
@@ -460,7 +462,7 @@ class DiskFile:
         if self._is_export:
             return
         try:
-            now = os.fstat(self.fd)
+            now = file_status(self.fd)
             size = os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             raise self.read_error(self.size, error) from error
@@ -483,6 +485,20 @@ class DiskFile:
     def label(self) -> str:
         """What it is called in messages."""
         return quoted(self.name)
+
+
+def file_status(fd: int) -> os.stat_result:
+    """What the system says of an open file; of one on a network file system, what its server does.
+
+    Of those the system keeps size and times for seconds or minutes: another host may have written
+    to the file since.
+    """
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and not os.major(status.st_dev):  # on no disk of this host
+        flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
+        if libc_call("statx", fd, b"", flags, STATX_BASIC_STATS, bytes(STATX_SIZE)) == 0:
+            return os.fstat(fd)
+    return status
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
@@ -667,7 +683,7 @@ class StreamFile(DiskFile):
         self.fd = 0
         self.size = size
         self._position = 0
-        self._found = os.fstat(0)
+        self._found = file_status(0)
         if stat.S_ISBLK(self._found.st_mode):
             super().advise(0, 0, "DONTNEED")  # as of any other device
 
@@ -676,7 +692,7 @@ class StreamFile(DiskFile):
 
     def check_unchanged(self) -> None:
         """Raise Error if it is a regular file, and not what it was; else what is read is gone."""
-        now = os.fstat(self.fd)
+        now = file_status(self.fd)
         if stat.S_ISREG(now.st_mode) and now.st_mtime_ns != self._found.st_mtime_ns:
             raise self.changed("it was written to")
 
@@ -3790,6 +3806,17 @@ def open_standard_descriptors() -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program. Returns its exit status, or ends by a signal."""
+    try:
+        status = run_to_status(argv)
+    except SystemExit as ending:  # argparse's
+        status = int(ending.code or 0)
+    if sys.flags.inspect:  # -i: Python would read commands next, and their status would be ours
+        os._exit(status)
+    return status
+
+
+def run_to_status(argv: Optional[Sequence[str]]) -> int:
+    """Run the program, and say in one line what went wrong."""
     progress = Progress()
     try:
         open_standard_descriptors()

@@ -164,6 +164,41 @@ def test_a_file_that_is_changed_while_it_streams(
     assert_failed(finish(program), *words)
 
 
+@pytest.mark.parametrize("change", ["truncate", "extend", "overwrite"])
+def test_a_remote_file_that_another_host_changes(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], change: str
+) -> None:
+    """Of a network file system the kernel keeps size and times for a while: it must ask."""
+    raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
+    remote = fuse_disk(raw, attr_timeout=300)
+    program = start(remote.path)
+    program.stdout.read(100_000)
+    changes_on_the_server(raw, change)
+    assert_failed(finish(program), str(remote.path), "snapshot")
+
+
+@pytest.mark.parametrize("change", ["extend", "overwrite"])
+def test_a_remote_file_that_another_host_has_changed(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], change: str
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
+    remote = fuse_disk(raw, attr_timeout=300)
+    assert remote.path.stat().st_size == 6 * MIB
+    changes_on_the_server(raw, change)
+    assert stream(remote.path) == stream(raw)
+
+
+def changes_on_the_server(raw: Path, change: str) -> None:
+    if change == "truncate":
+        os.truncate(raw, 5 * MIB)
+    elif change == "extend":
+        with open(raw, "ab") as file:
+            file.write(noise(MIB, 2))
+    else:
+        with open(raw, "r+b") as file:
+            file.write(b"!")
+
+
 def test_a_file_that_is_replaced_is_read_to_its_end(disk: Path, tmp_path: Path) -> None:
     expected = stream(disk)
     program = start(disk, bufsize=0)
@@ -627,3 +662,21 @@ def test_under_a_python_without_extras(disk: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, b""), flags
         assert done.stdout == stream(disk)
+
+
+@pytest.mark.parametrize("way", ["-i", "PYTHONINSPECT"])
+@pytest.mark.parametrize("arguments, status", [(["DISK"], 0), (["missing"], 1), (["--what"], 2)])
+def test_under_a_python_that_stays(disk: Path, way: str, arguments: List[str], status: int) -> None:
+    """Asked for commands after a program, Python reads them, and ends with their status."""
+    done = subprocess.run(
+        [PYTHON, *([way] if way == "-i" else []), str(PROGRAM),
+         *(each.replace("DISK", str(disk)) for each in arguments)],
+        input=b"print('an image?')\n",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **({} if way == "-i" else {way: "1"})},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert done.stdout == (b"" if status else stream(disk))
+    assert b"Traceback" not in done.stderr

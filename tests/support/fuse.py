@@ -27,6 +27,8 @@ class FuseDisk:
     short         reads return at most so many bytes and then less than asked for
     direct        reads bypass the page cache, so that each is seen
     count         keep a log of the reads
+    attr_timeout  seconds for which the kernel need not ask for size and times again, as a network
+                  file system's does not
     """
 
     def __init__(self, file: Path, folder: Path, **behaviour: Any) -> None:
@@ -123,7 +125,13 @@ def serve(options: argparse.Namespace) -> None:
 
     # raw_fi hands over the structure that says whether the page cache is used.
     mfusepy.FUSE(
-        OneFile(), options.folder, foreground=True, raw_fi=True, nothreads=False, fsname="tests"
+        OneFile(),
+        options.folder,
+        foreground=True,
+        raw_fi=True,
+        nothreads=False,
+        fsname="tests",
+        attr_timeout=options.attr_timeout,
     )
 
 
@@ -140,4 +148,5 @@ if __name__ == "__main__":
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--attr-timeout", type=float, default=1)
     serve(parser.parse_args())
