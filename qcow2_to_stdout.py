@@ -122,6 +122,7 @@ def reason(error: OSError) -> str:
 # numbers into bytes. Nothing here knows of files, disks or options.
 # ---------------------------------------------------------------------------------------------
 
+MAGIC = b"QFI\xfb"  # the first bytes of an image
 SECTOR_SIZE = 512  # QEMU counts virtual sizes in these
 DEFAULT_CLUSTER_SIZE = 64 << 10
 CLUSTER_SIZES = tuple(1 << bits for bits in range(9, 22))
@@ -672,6 +673,18 @@ class RawSource(Source):
             super().read_into(view, start)
 
 
+PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any machine
+
+
+def is_stream_socket(fd: int) -> bool:
+    """Whether a socket is a stream, and does not keep packets apart."""
+    import socket
+
+    # What kind it is said to be here does not matter to the system.
+    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
+        return opened.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+
+
 class StreamFile(DiskFile):
     """Standard input: a disk that comes byte after byte, and only once."""
 
@@ -683,7 +696,10 @@ class StreamFile(DiskFile):
         self.fd = 0
         self.size = size
         self._position = 0
+        self._rest = b""
         self._found = file_status(0)
+        if stat.S_ISSOCK(self._found.st_mode) and not is_stream_socket(0):
+            raise Error("standard input is a socket of packets; give it a stream")
         if stat.S_ISBLK(self._found.st_mode):
             super().advise(0, 0, "DONTNEED")  # as of any other device
 
@@ -725,17 +741,22 @@ class StreamFile(DiskFile):
                 raise self.ended_early(self._position)
 
     def _read(self, view: memoryview) -> int:
+        data = self._rest or self._receive(min(len(view), READ_SIZE))
+        self._rest = data[len(view) :]
+        data = data[: len(view)]
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _receive(self, length: int) -> bytes:
         while True:
             try:
-                data = os.read(self.fd, min(len(view), READ_SIZE))
-                break
+                # A pipe may keep packets apart, and what is not read of one is lost.
+                return os.read(self.fd, max(length, PIPE_PACKET))
             except BlockingIOError:
                 wait_for(self.fd, "POLLIN")
             except OSError as error:
                 raise self.read_error(self._position, error) from error
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
     def ended_early(self, offset: int) -> Error:
         """What to raise where the stream is shorter than it was said to be."""
@@ -1068,14 +1089,37 @@ class ImageName(NamedTuple):
         if not self.is_options:
             return dump_json({**self._node(), "node-name": node_name, "read-only": True})
         # Its syntax is the same, but for a driver that must be named where there is a file.
-        parts = re.split(r"(?<!,)(?:,,)*,(?!,)", self.name)
-        values = dict(part.replace(",,", ",").partition("=")[::2] for part in parts)
+        values = dict(option_values(self.name))
         drivers = ""
         for key, name in sorted(values.items()):
             prefix = key[: -len("filename")]
             if key.endswith(".filename") and prefix + "driver" not in values:
                 drivers += f",{prefix}driver={file_driver(name)}"
         return os.fsencode(f"{self.name}{drivers},node-name={node_name},read-only=on")
+
+
+def option_values(options: str) -> List[Tuple[str, str]]:
+    """The keys and values of a QEMU option string, as its programs read it.
+
+    A comma in a value is doubled. A key alone is a flag: "on", and with "no" before it "off".
+    """
+    pairs = []
+    for part in filter(None, re.findall(r"((?:[^,]|,,)*)(?:,|\Z)", options)):
+        key, is_set, value = part.partition("=")
+        if not is_set:
+            is_off = key.startswith("no")
+            key, value = (key[2:], "off") if is_off else (key, "on")
+        pairs.append((key, value.replace(",,", ",")))
+    return pairs
+
+
+def opens_for_writing(options: str) -> bool:
+    """Whether a QEMU option string asks for a disk that can be written to, wherever in it."""
+    return any(
+        (key.split(".")[-1] == "read-only" and value not in ("on", "yes", "true", "y"))
+        or (value.startswith("json:") and "read-only" in value)
+        for key, value in option_values(options)
+    )
 
 
 def file_driver(name: str) -> str:
@@ -2513,6 +2557,17 @@ GATHER_GAP = 4 << 10  # bytes between two small runs that are read along: a page
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # Linux's; the fcntl module names them since 3.10
 
 
+def is_local_socket(fd: int) -> bool:
+    """Whether a socket's other end is on this host for sure; False where that can't be asked."""
+    import socket
+
+    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
+        domain = getattr(socket, "SO_DOMAIN", None)  # Linux
+        return domain is not None and (
+            opened.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
+        )
+
+
 class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
@@ -2546,7 +2601,11 @@ class Output:
         self._may_wait = not (self._is_block_device or stat.S_ISREG(self._status.st_mode))
         is_stream = True
         if self._is_socket:
-            is_local, is_stream = self._look_at_socket()
+            try:
+                is_stream = is_stream_socket(fd)
+                is_local = is_local_socket(fd)
+            except OSError as error:
+                raise Error(f"cannot look at standard output: {reason(error)}") from error
             # A receiver on this host may have pages in its queue, of which only a local socket
             # tells how many: the end of the image that must be copied has no bound.
             self._can_sendfile = self._can_sendfile and is_local
@@ -2565,36 +2624,10 @@ class Output:
         if not is_stream:  # a reader with a short buffer loses the end of each packet
             raise Error("standard output is a pipe or a socket of packets; give it a stream")
 
-    def _look_at_socket(self) -> Tuple[bool, bool]:
-        """Whether it is a local socket, and whether it is a stream."""
-        import socket
-
-        try:  # what kind it is said to be here does not matter to the system
-            output = socket.fromfd(self.fd, socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as error:
-            raise Error(f"cannot look at standard output: {reason(error)}") from error
-        with output:
-            domain = getattr(socket, "SO_DOMAIN", None)  # Linux
-            is_local = domain is not None and (
-                output.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
-            )
-            kind = output.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        return is_local, kind == socket.SOCK_STREAM
-
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""
-        mode = self._status.st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            return
-        ours = file_identity(self._status)
-        our_layers = set(layers_below(ours, self.fd))
-        # Two loop devices on one file are taken for one: they may show the same of it.
-        ours_and_shown = {ours, shown_by_loop(ours, self.fd)}
         for file in files:
-            theirs = file.identity
-            is_below = ours_and_shown & set(layers_below(theirs, file.fd))
-            is_above = {theirs, shown_by_loop(theirs, file.fd)} & our_layers
-            if is_below or (is_above and not self._is_text):  # a few bytes beside it do no harm
+            if self._overlaps(file.identity, file.fd):
                 raise Error(
                     f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
                     "overwritten; write the image elsewhere"
@@ -2607,11 +2640,27 @@ class Output:
             beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
         for path in (backing_file, os.path.join(beside, backing_file)):
             with contextlib.suppress(OSError, ValueError):  # there need not be such a file here
-                if file_identity(os.stat(path)) == file_identity(self._status):
+                if self._overlaps(file_identity(os.stat(path))):
                     raise Error(
-                        f"standard output is {quoted(backing_file)}, the image's own backing file; "
-                        "write the image elsewhere"
+                        f"standard output is {quoted(backing_file)} itself, or lies on it, the "
+                        "image's own backing file; write the image elsewhere"
                     )
+
+    def _overlaps(self, theirs: Tuple[int, ...], fd: Optional[int] = None) -> bool:
+        """Whether what is written would change a file or a device, or grow into it.
+
+        theirs  its identity
+        fd      a descriptor of it, if there is one
+        """
+        mode = self._status.st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return False
+        ours = file_identity(self._status)
+        # Two loop devices on one file are taken for one: they may show the same of it.
+        if {ours, shown_by_loop(ours, self.fd)} & set(layers_below(theirs, fd)):
+            return True
+        is_above = {theirs, shown_by_loop(theirs, fd)} & set(layers_below(ours, self.fd))
+        return bool(is_above) and not self._is_text  # a few bytes beside it do no harm
 
     def _grow_pipe(self) -> None:
         if not sys.platform.startswith("linux"):
@@ -2815,7 +2864,7 @@ class Header(NamedTuple):
         name = self.backing_file or b""
         header = pack_header(
             {
-                "magic": b"QFI\xfb",
+                "magic": MAGIC,
                 "version": self.version,
                 "backing_file_offset": start if name else 0,
                 "backing_file_size": len(name),
@@ -3089,6 +3138,11 @@ def copy_range(output: Output, source: Source, start: int, end: int) -> None:
 # Command line: reads the options and joins the rooms.
 # ---------------------------------------------------------------------------------------------
 
+# What QEMU knows before the colon of a backing file's name.
+PROTOCOLS = re.compile(
+    r"(json|file|host_device|host_cdrom|blkdebug|blkverify|fat|ftps?|gluster(\+(rdma|tcp|unix))?|"
+    r"https?|iscsi|iser|nbd(\+(tcp|unix))?|nfs|null-(aio|co)|nvme|rbd|ssh):"
+)
 SIZE_SUFFIXES = "KMGTPE"  # powers of 1024, as qemu-img takes them
 
 EPILOG = f"""\
@@ -3307,6 +3361,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def are_same_file(one: str, other: str) -> bool:
+    """Whether two names are equal, or lead to one file from here."""
+    with contextlib.suppress(OSError, ValueError):
+        return one == other or os.path.samefile(one, other)
+    return False
+
+
 def refuse_contradictions(options: argparse.Namespace) -> None:
     """Raise Error for options that don't go together."""
     external = "--data-file-raw" if options.data_file_raw else "--data-file"
@@ -3343,8 +3404,7 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "--image-opts names the format itself, as driver=…; leave --format out"),
         (options.image_opts and not re.search(r"(^|,)driver=", options.input),
          f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
-        (options.image_opts and re.search(
-            r"(^|[,.])read-only=(?!(on|yes|true|y)(,|\Z))", options.input),
+        (options.image_opts and opens_for_writing(options.input),
          f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
         (has_format and has_external,
          f"{external} refers to INPUT as it is, and {input_format} is not raw; leave one out"),
@@ -3378,13 +3438,17 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "security hole; add for example -F qcow2"),
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
-        (overlay and options.diff == options.backing_file
+        (options.image_opts and options.diff is not None and options.diff_format is None,
+         "--image-opts says the format of INPUT alone; add --diff-format for BASE"),
+        (overlay and options.diff is not None
+         and are_same_file(options.diff, options.backing_file)
          and (options.diff_format or options.format) != options.backing_format,
          "BASE and the backing file are the same file, once as "
          f"{options.diff_format or options.format} and once as {options.backing_format}; add "
          f"--diff-format {options.backing_format}"),
-        (overlay and ":" in (options.backing_file or "").split("/")[0]
-         and os.path.exists(options.backing_file),
+        (overlay and re.match("[^/]*:", options.backing_file or "")
+         and (not PROTOCOLS.match(options.backing_file)
+              or os.path.exists(options.backing_file)),
          f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "
          "protocol; put ./ before the name"),
         (overlay and not options.backing_file,
@@ -3514,7 +3578,27 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
         base_size = min(size, known_base.info.virtual_size) if known_base.info else size
         base_image = ImageName(options.diff, options.diff_format or options.format, False)
         base = open_disk(base_image, resources, base_size, known_base.ranges)
+        if options.diff_format is None and (base_image.format, options.backing_format) == (
+            "raw",
+            "qcow2",
+        ):
+            refuse_if_qcow2(base, options.diff)
     return Sources(disk, base, size, info and info.cluster_size, trusted)
+
+
+def refuse_if_qcow2(base: Source, name: str) -> None:
+    """Raise Error if a base that is to be read as raw has the first bytes of a qcow2 image.
+
+    Not to guess: a guest may have written them. But it is to be said which of both is meant.
+    """
+    magic = bytearray(len(MAGIC))
+    base.read_into(memoryview(magic), 0)
+    if magic == MAGIC:
+        raise Error(
+            f"{quoted(name)} begins as a qcow2 image does, and the backing file is one, but "
+            "without --diff-format BASE is raw; add --diff-format qcow2, or --diff-format raw if "
+            "it is a guest that wrote these bytes"
+        )
 
 
 def open_disk(
@@ -3553,10 +3637,12 @@ def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry
         what = f"layout {quoted(options.layout)}"
         text = read_json_source(options.layout, "--layout", what)
         layout = read_layout(text, what, geometry.virtual_size, overlay)
-        if overlay and sources.disk.size < geometry.virtual_size:
-            # No layout speaks of the zeros that fill the last sector; a longer backing file
-            # has other bytes there.
-            layout.data.add(sources.disk.size, geometry.virtual_size)
+        # No layout speaks of the zeros that fill the last sector; a longer backing file has other
+        # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
+        is_rounded = options.image_opts or options.format != "raw"
+        padding = max(0, sources.disk.size - SECTOR_SIZE) if is_rounded else sources.disk.size
+        if overlay and padding < geometry.virtual_size:
+            layout.data.add(padding, geometry.virtual_size)
         if options.trust_layout or options.input == "-":
             return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
         return layout_steps(sources.disk, layout, zeros, count, size)

@@ -286,6 +286,46 @@ def test_input_shorter_or_longer_than_its_size(size: int, off: int) -> None:
     assert_failed(result, "standard input", words, str(size))
 
 
+@pytest.mark.parametrize("off", [0, 1, 3000])
+def test_input_that_keeps_packets_apart(off: int) -> None:
+    """What is not read of a packet is lost: that there is more must be seen nevertheless."""
+    data = noise(8192)
+    reader, writer = os.pipe2(os.O_DIRECT)
+    for at in range(0, len(data), 1024):
+        os.write(writer, data[at : at + 1024])
+    os.close(writer)
+    done = subprocess.run(
+        command("-", "--size", str(8192 - off)),
+        stdin=reader,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(reader)
+    result = Result(done.returncode, done.stdout, done.stderr.decode())
+    if off:
+        assert_failed(result, "standard input", "goes on after")
+    else:
+        assert result == Result(0, stream("-", "--size", "8192", stdin=data), "")
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+def test_input_from_a_socket_of_packets(kind: int) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    with theirs:
+        with ours:
+            ours.send(noise(4096))
+        done = subprocess.run(
+            command("-", "--size", "4000"),
+            stdin=theirs.fileno(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "packets")
+
+
 def test_a_layout_does_not_hide_a_wrong_size(tmp_path: Path) -> None:
     (tmp_path / "layout").write_text('[{"offset": 0, "length": 4096}]')
     for given_size in (99_999, 100_001):

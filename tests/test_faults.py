@@ -165,12 +165,13 @@ def test_a_file_that_is_changed_while_it_streams(
 
 
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite"])
+@pytest.mark.parametrize("read_only", [False, True])
 def test_a_remote_file_that_another_host_changes(
-    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], change: str
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], change: str, read_only: bool
 ) -> None:
     """Of a network file system the kernel keeps size and times for a while: it must ask."""
     raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
-    remote = fuse_disk(raw, attr_timeout=300)
+    remote = fuse_disk(raw, attr_timeout=300, read_only=read_only)
     program = start(remote.path)
     program.stdout.read(100_000)
     changes_on_the_server(raw, change)
@@ -182,7 +183,7 @@ def test_a_remote_file_that_another_host_has_changed(
     tmp_path: Path, fuse_disk: Callable[..., FuseDisk], change: str
 ) -> None:
     raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
-    remote = fuse_disk(raw, attr_timeout=300)
+    remote = fuse_disk(raw, attr_timeout=300, read_only=True)
     assert remote.path.stat().st_size == 6 * MIB
     changes_on_the_server(raw, change)
     assert stream(remote.path) == stream(raw)

@@ -477,6 +477,25 @@ def test_an_overlay_on_a_part_of_an_overlay(tmp_path: Path) -> None:
     assert any(as_raw(top).read_bytes())
 
 
+@pytest.mark.parametrize("way", ["raw", "qcow2", "option string"])
+@pytest.mark.parametrize("trust", [[], ["--trust-layout"]])
+def test_a_shorter_disk_that_ends_within_a_sector(
+    tmp_path: Path, way: str, trust: List[str]
+) -> None:
+    """No layout speaks of the zeros behind its end, where the backing file has other bytes."""
+    size = (1 << 20) + 1000
+    write_disk(tmp_path / "base.raw", 2 << 20, [(0, noise(2 << 20))])
+    new = write_disk(tmp_path / "new.raw", size, [(0, noise(2 << 20)[:size])])
+    words = [str(new)]
+    if way == "qcow2":
+        words = ["-f", "qcow2", str(overlay(tmp_path / "new.qcow2", new, "raw"))]
+    elif way == "option string":
+        words = ["--image-opts", f"driver=raw,file.driver=file,file.filename={new}"]
+    options = ["--layout", "-", "-b", "base.raw", "-F", "raw", *trust]
+    (tmp_path / "overlay.qcow2").write_bytes(stream(*words, *options, stdin=b"[]"))
+    judges.qemu_compare(new, tmp_path / "overlay.qcow2")
+
+
 def test_an_option_string_that_would_write_is_refused(tmp_path: Path) -> None:
     raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
     top = overlay(tmp_path / "top.qcow2", raw, "raw")
@@ -484,6 +503,12 @@ def test_an_option_string_that_would_write_is_refused(tmp_path: Path) -> None:
     for key, value in (("file.read-only", "off"), ("read-only", "n"), ("file.read-only", "false")):
         node = f"driver=copy-on-read,{key}={value},file.driver=qcow2,file.file.filename={top}"
         assert_refused(run("--image-opts", node), "for writing")
+    for flag in ("noread-only", "nofile.read-only", "read-only=on,noread-only"):
+        node = f"driver=copy-on-read,file.driver=qcow2,{flag},file.file.filename={top}"
+        assert_refused(run("--image-opts", node), "for writing")
+    inner = json.dumps({"driver": "file", "filename": str(top), "read-only": False})
+    node = f"driver=qcow2,file.filename=json:{inner.replace(',', ',,')}"
+    assert_refused(run("--image-opts", node), "for writing")
     stream("--image-opts", f"driver=qcow2,read-only=on,file.read-only=yes,file.filename={top}")
     assert top.read_bytes() == before
 

@@ -318,6 +318,30 @@ def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) ->
     options = [str(disk), "--diff", str(monday), "-b", str(monday), "-F", "qcow2"]
     assert_refused(run(*options), "add --diff-format qcow2")
     stream(*options, "--diff-format", "qcow2")
+    (tmp_path / "link").symlink_to(monday)
+    for other in (f"{tmp_path}/./monday.qcow2", f"{tmp_path}/link"):
+        assert_refused(run(*options[:4], other, *options[5:]), "add --diff-format qcow2")
+
+
+def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> None:
+    """The image goes into a pipe, and nothing else tells that BASE is meant to be its content."""
+    monday = tmp_path / "monday.qcow2"
+    monday.write_bytes(stream(disk))
+    options = [str(disk), "--diff", str(monday), "-b", "elsewhere.qcow2", "-F", "qcow2"]
+    assert_refused(run(*options), "begins as a qcow2 image", "add --diff-format qcow2")
+    stream(*options, "--diff-format", "raw")
+    stream(*options, "--diff-format", "qcow2")
+
+
+def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
+    """What driver= says of INPUT says nothing of BASE."""
+    options = [
+        "--image-opts",
+        f"driver=raw,file.driver=file,file.filename={disk}",
+        "--diff",
+        str(disk),
+    ]
+    assert_refused(run(*options), "add --diff-format")
 
 
 @pytest.mark.parametrize("name", ["monday.qcow2", "ABSOLUTE"])
@@ -336,12 +360,29 @@ def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name
         assert monday.read_bytes() == before
 
 
+@pytest.mark.parametrize("way", ["device to file", "file to device", "device to device"])
+def test_an_output_that_its_own_backing_file_lies_on(
+    disk: Path, tmp_path: Path, loop_device: Callable[..., str], way: str
+) -> None:
+    monday = tmp_path / "monday.qcow2"
+    monday.write_bytes(stream(disk))
+    before = monday.read_bytes()
+    source, _, target = way.split()
+    name = loop_device(monday) if source == "device" else str(monday)
+    with open(loop_device(monday) if target == "device" else monday, "r+b") as out:
+        words = command(str(disk), "--diff", str(disk), "-b", name, "-F", "qcow2")
+        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
+    assert monday.read_bytes() == before
+
+
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
     options = [str(disk), "--diff", str(disk), "-F", "raw", "-b"]
     assert_refused(run(*options, "a:b.raw", cwd=tmp_path), "put ./ before")
     stream(*options, "./a:b.raw", cwd=tmp_path)
     stream(*options, "nbd:localhost:10809", cwd=tmp_path)
+    assert_refused(run(*options, "2026-11-21T10:00.raw"), "put ./ before")  # it need not be here
 
 
 def test_a_file_that_hides_its_content() -> None:

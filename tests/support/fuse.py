@@ -27,6 +27,7 @@ class FuseDisk:
     short         reads return at most so many bytes and then less than asked for
     direct        reads bypass the page cache, so that each is seen
     count         keep a log of the reads
+    read_only     so mounted: no read changes a time of access, of which the kernel would ask
     attr_timeout  seconds for which the kernel need not ask for size and times again, as a network
                   file system's does not
     """
@@ -132,6 +133,7 @@ def serve(options: argparse.Namespace) -> None:
         nothreads=False,
         fsname="tests",
         attr_timeout=options.attr_timeout,
+        ro=options.read_only,
     )
 
 
@@ -148,5 +150,6 @@ if __name__ == "__main__":
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--attr-timeout", type=float, default=1)
     serve(parser.parse_args())
