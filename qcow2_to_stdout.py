@@ -3931,6 +3931,8 @@ def run_to_status(argv: Optional[Sequence[str]]) -> int:
         report(f"{PROGRAM}: error: out of memory")
     except ImportError as error:  # too few descriptors or too little memory, or Python is replaced
         report(f"{PROGRAM}: error: cannot load a part of Python: {error}")
+    except OSError as error:  # by a module's file, or by what nobody has thought of
+        report(f"{PROGRAM}: error: {reason(error)}")
     except ConsumerGone:
         return end_by_signal(signal.SIGPIPE)
     except Interrupted as interruption:

@@ -540,13 +540,16 @@ def test_text_into_a_full_device(disk: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("descriptors", [3, 4, 5, 6, 8])
-def test_few_descriptors(disk: Path, descriptors: int) -> None:
+@pytest.mark.parametrize("options", [[], ["--diff", "BASE"]])
+def test_few_descriptors(disk: Path, descriptors: int, options: List[str]) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
 
-    result = run(disk, preexec_fn=limit)
+    base = write_disk(Path(f"{disk}.base"), 6 * MIB, [(0, noise(6 * MIB, 1))])
+    options = [each.replace("BASE", str(base)) for each in options]
+    result = run(disk, *options, preexec_fn=limit)
     if "qcow2_to_stdout" in result.stderr:  # Python itself needs some to start
-        assert_exact_or_failed(result, stream(disk))
+        assert_exact_or_failed(result, stream(disk, *options))
 
 
 @pytest.mark.parametrize("megabytes", [24, 32, 48, 64, 96, 256, 1024])

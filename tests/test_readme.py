@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
@@ -60,8 +61,11 @@ def noted(note: str) -> List[Block]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Callable[[str], None]:
-    """Run a block in a folder where all that it names is there."""
+def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Callable[..., None]:
+    """Run a block in a folder where all that it names is there: all of it, or until one fails.
+
+    A recipe alone, as a script would: that a command in its midst fails must be seen at its end.
+    """
     needs(shutil.which("restic") is not None, "restic")
     for name in ("qcow2_to_stdout.py",):
         shutil.copy(ROOT / name, tmp_path)
@@ -97,12 +101,11 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     subprocess.run(["bash", "-ec", shell], cwd=tmp_path, env=env, check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
 
-    def run(text: str, **more: str) -> None:
+    def run(text: str, fails: bool = False, **more: str) -> None:
         for name, device in devices.items():
             text = text.replace(f"/dev/vg/{name}", device)
-        # Every line must succeed, as it must for somebody who pastes it.
         done = subprocess.run(
-            ["bash", "-ec", text],
+            ["bash", "-c", text],
             cwd=tmp_path,
             env={**env, **more},
             stdout=subprocess.PIPE,
@@ -110,7 +113,7 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
             timeout=TIMEOUT,
             check=False,
         )
-        assert done.returncode == 0, f"{text}\n{done.stdout.decode()}"
+        assert (done.returncode != 0) == fails, f"{text}\n{done.stdout.decode()}"
 
     return run
 
@@ -166,6 +169,52 @@ def test_the_commands_for_dirty_bitmaps(desk: Callable[..., None], tmp_path: Pat
     (block,) = noted("bitmap")
     desk(block.text)
     desk("qemu-img compare disk.qcow2 tuesday.qcow2")
+
+
+# Does all but the last bit of its work, and fails.
+FAILING = """#!{python}
+import subprocess, sys
+done = subprocess.run([{program!r}, *sys.argv[1:]], stdout=subprocess.PIPE)
+sys.stdout.buffer.write(done.stdout[:-3])  # more than an end of line
+sys.exit(done.returncode or 1)
+"""
+
+
+def test_no_recipe_hides_a_failure(desk: Callable[..., None], tmp_path: Path, url: str) -> None:
+    """Each program that a recipe runs fails, in turn; what that leaves does no harm afterwards."""
+    needs(shutil.which("nbdinfo") is not None, "nbdinfo")
+    (tmp_path / "failing").mkdir()
+    ours = tmp_path / "qcow2_to_stdout.py"
+    shutil.copy(ours, tmp_path / "ours.py")
+    failing = FAILING.format(python=sys.executable, program=str(tmp_path / "ours.py"))
+    tools = ("restic", "gunzip", "gzip", "ssh", "qemu-img", "nbdinfo", "curl")
+    for tool in tools:
+        path = tmp_path / "failing" / tool
+        program = tmp_path / "bin/ssh" if tool == "ssh" else shutil.which(tool)
+        path.write_text(FAILING.format(python=sys.executable, program=str(program)))
+        path.chmod(0o755)
+    for name in ("disk", "monday"):
+        shutil.copy(tmp_path / "yesterday.qcow2", tmp_path / f"{name}.qcow2")
+    desk("qemu-img bitmap --add disk.qcow2 since-monday")
+    count = 0
+    for block in noted("bitmap") + PLAIN:
+        if ours.name in block.text:
+            ours.write_text(failing)
+            desk(block.text, fails=True, URL=url)
+            shutil.copy(tmp_path / "ours.py", ours)
+            count += 1
+        for tool in tools:
+            if re.search(rf"(^|[ (]){tool} ", block.text, re.MULTILINE):
+                more = {"PATH": f"{tmp_path}/one:{tmp_path}/bin:{os.environ['PATH']}"}
+                (tmp_path / "one").mkdir()
+                (tmp_path / "one" / tool).symlink_to(tmp_path / "failing" / tool)
+                desk(block.text, fails=True, URL=url, **more)
+                shutil.rmtree(tmp_path / "one")
+                count += 1
+        desk(block.text, URL=url)
+    assert count > 20
+    whole = [str(tmp_path / "vm.disk"), str(tmp_path / "restored.qcow2")]
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *whole], check=True)
 
 
 def test_what_is_not_run_says_why() -> None:
