@@ -3138,7 +3138,11 @@ def copy_range(output: Output, source: Source, start: int, end: int) -> None:
 # Command line: reads the options and joins the rooms.
 # ---------------------------------------------------------------------------------------------
 
-# What QEMU knows before the colon of a backing file's name.
+# What QEMU knows as a backing file's format, and before the colon of its name.
+FORMATS = re.compile(
+    r"(raw|qcow2?|qed|vmdk|vdi|vhdx|vpc|parallels|dmg|bochs|cloop|luks|file|host_device|nbd|rbd|"
+    r"iscsi|nfs|ssh|gluster|https?|ftps?)\Z"
+)
 PROTOCOLS = re.compile(
     r"(json|file|host_device|host_cdrom|blkdebug|blkverify|fat|ftps?|gluster(\+(rdma|tcp|unix))?|"
     r"https?|iscsi|iser|nbd(\+(tcp|unix))?|nfs|null-(aio|co)|nvme|rbd|ssh):"
@@ -3453,7 +3457,7 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "protocol; put ./ before the name"),
         (overlay and not options.backing_file,
          "the name of the backing file is empty; give one to --backing-file"),
-        (overlay and not re.match(r"[\w.-]+\Z", options.backing_format or "", re.ASCII),
+        (overlay and not FORMATS.match(options.backing_format or ""),
          f"{quoted(options.backing_format or '')} is no format; give --backing-format raw, qcow2 "
          "or another that QEMU knows"),
         (overlay and len(os.fsencode(options.backing_file or "")) > MAX_BACKING_NAME_BYTES,

@@ -226,6 +226,7 @@ CONTRADICTIONS = [
     (["-b", "", "-F", "raw", "--diff", "D"], "empty"),
     (["-b", "N", "-F", "", "--diff", "D"], "format"),
     (["-b", "N", "-F", "a,b=c", "--diff", "D"], "format"),
+    (["-b", "N", "-F", "QCOW2", "--diff", "D"], "is no format"),
     (["-b", "N" * 1024, "-F", "raw", "--diff", "D"], "1023"),
     (["-b", "N", "-F", "raw", "--diff", "D", "-c", "512"], "does not fit"),
     (["--compat", "0.10", "-r", "1"], "16-bit"),

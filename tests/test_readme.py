@@ -169,6 +169,11 @@ def test_the_commands_for_dirty_bitmaps(desk: Callable[..., None], tmp_path: Pat
     (block,) = noted("bitmap")
     desk(block.text)
     desk("qemu-img compare disk.qcow2 tuesday.qcow2")
+    # After an external snapshot the bitmap says nothing of what is written.
+    desk("mv disk.qcow2 below.qcow2; rm tuesday.qcow2; "
+         "qemu-img create -q -f qcow2 -b below.qcow2 -F qcow2 disk.qcow2")  # fmt: skip
+    desk(block.text, fails=True)
+    assert not (tmp_path / "tuesday.qcow2").exists()
 
 
 # Does all but the last bit of its work, and fails.
@@ -215,6 +220,21 @@ def test_no_recipe_hides_a_failure(desk: Callable[..., None], tmp_path: Path, ur
     assert count > 20
     whole = [str(tmp_path / "vm.disk"), str(tmp_path / "restored.qcow2")]
     subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", *whole], check=True)
+
+
+def test_a_disk_that_is_full_here(desk: Callable[..., None], tmp_path: Path) -> None:
+    """ssh does not tell that it could not write all, where the program there has ended well."""
+    needs(os.geteuid() == 0, "root, to mount a small file system")
+    (block,) = (block for block in PLAIN if "pulled.qcow2" in block.text)
+    desk("./qcow2_to_stdout.py /dev/vg/vm > whole.qcow2")
+    size = (tmp_path / "whole.qcow2").stat().st_size - 8192
+    (tmp_path / "full").mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(tmp_path / "full")]
+    subprocess.run(small, check=True)
+    try:
+        desk(block.text.replace("pulled.qcow2", "full/pulled.qcow2"), fails=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "full")], check=True)
 
 
 def test_what_is_not_run_says_why() -> None:
