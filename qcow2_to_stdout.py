@@ -2276,7 +2276,9 @@ def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
     zero, depth, present = entry["zero"], entry["depth"], entry.get("present", True)
     if not (isinstance(zero, bool) and isinstance(present, bool) and _is_whole(depth)):
         raise ValueError
-    if overlay and (depth or not present):
+    # What is stored nowhere reads as zeros; one that says otherwise is no such map, but may
+    # be a dirty bitmap that was asked for as if it were one.
+    if overlay and (depth or (zero and not present)):
         return None
     return "zeros" if zero else "data"
 

@@ -108,11 +108,15 @@ def test_an_overlay_by_a_dirty_bitmap_from_an_nbd_server(tmp_path: Path) -> None
         dirty = shell("nbdinfo", "--map=qemu:dirty-bitmap:since-monday", "--json", url)
         allocation = shell("nbdinfo", "--map", "--json", url)
         depth = shell("nbdinfo", "--map=qemu:allocation-depth", "--json", url)
+        # How bitmaps were read before nbdinfo: what is dirty is said to be nowhere.
+        node = f"driver=nbd,server.type=unix,server.path={socket}"
+        bitmap = "x-dirty-bitmap=qemu:dirty-bitmap:since-monday"
+        nowhere = shell("qemu-img", "map", "--output=json", "--image-opts", f"{node},{bitmap}")
     finally:
         server.terminate()
         server.wait()
     shell("qemu-img", "convert", "-O", "raw", str(disk), str(raw))
-    for layout in (dirty, allocation, depth):
+    for layout in (dirty, allocation, depth, nowhere):
         for trust in ([], ["--trust-layout"]):
             overlay: List[str] = ["-b", "monday.qcow2", "-F", "qcow2"]
             image = stream(raw, "--layout", "-", *trust, *overlay, stdin=layout)
