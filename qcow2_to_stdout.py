@@ -2585,7 +2585,7 @@ class Output:
         self.fd = fd
         self.written = 0
         self._is_text = is_text
-        self._lends_to = sys.maxsize  # offset in the image up to which pages may be sent
+        self._lends_to = MAX_SIZE  # offset in the image up to which pages may be sent
         self._lent_to = 0  # … and were
         self._pending = []  # type: List[bytes]
         self._pending_size = 0
@@ -2734,7 +2734,7 @@ class Output:
         poll = select.poll()
         poll.register(self.fd, 0)
         left, since = -1, time.monotonic()
-        copied = self.written - self._lent_to if self._lent_to else sys.maxsize
+        copied = self.written - self._lent_to if self._lent_to else MAX_SIZE
         while left > copied or time.monotonic() < since + PATIENCE_AT_END:
             # First whether the reader has gone, then what it has left: not the other way round.
             events = [event for _, event in poll.poll(0 if left < 0 else POLL_AT_END)]
@@ -3036,7 +3036,7 @@ class ReadAhead:
         self._asked = 0  # guest offset up to which everything was asked for
         self._is_proven = self._is_in_vain = False
         if readers.count == 1:
-            self._asked = sys.maxsize
+            self._asked = MAX_SIZE
 
     def advance(self, position: int) -> None:
         """Tell that the copy has come to a guest offset."""
@@ -3044,8 +3044,8 @@ class ReadAhead:
             return
         batch = []  # type: List[Range]
         while self._asked < position + READ_AHEAD:
-            start, self._asked, _ = next(self._pieces, (0, sys.maxsize, b""))
-            if self._asked < sys.maxsize:
+            start, self._asked, _ = next(self._pieces, (0, MAX_SIZE, b""))
+            if self._asked < MAX_SIZE:
                 batch.append((start, self._asked))
         samples = batch[:: max(1, len(batch) // 8)] + batch[-1:]
         if not all(self._is_cached(*each) for each in samples):
