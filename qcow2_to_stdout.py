@@ -700,6 +700,10 @@ class StreamFile(DiskFile):
         self._found = file_status(0)
         if stat.S_ISSOCK(self._found.st_mode) and not is_stream_socket(0):
             raise Error("standard input is a socket of packets; give it a stream")
+        if os.isatty(0):
+            raise Error(
+                "standard input is a terminal, which changes bytes; give it a pipe or a file"
+            )
         if stat.S_ISBLK(self._found.st_mode):
             super().advise(0, 0, "DONTNEED")  # as of any other device
 
@@ -979,15 +983,14 @@ class Readers:
 
     def _start_thread(self, ticket: Ticket) -> None:
         try:
-            start_thread(self._run)
+            start_thread(functools.partial(self._run, Scratch(bytearray(), bytearray())))
             self._threads += 1
         except Error:  # the main thread can read as well
             self.count = max(1, self._threads)
             if not self._threads:
                 ticket.perform(self.scratch)
 
-    def _run(self) -> None:
-        scratch = Scratch(bytearray(), bytearray())
+    def _run(self, scratch: Scratch) -> None:
         while True:
             self._queue.get().perform(scratch)
 
@@ -1241,20 +1244,25 @@ def member_files(
     return [name and open_file(name) for name in names]
 
 
+def holds_its_data(member: Dict[str, Any]) -> bool:
+    """Whether what a member of a chain stores lies in its own file, as the guest sees it."""
+    data = member.get("format-specific", {}).get("data", {})
+    # "data-file-raw" is said even of a data file that the header does not name.
+    has_data_file = "data-file" in data or "data-file-raw" in data
+    is_plain = member["format"] in ("qcow2", "raw") and not member.get("encrypted")
+    return is_plain and not has_data_file
+
+
 def read_chain(
     image: ImageName, chain: List[Dict[str, Any]], files: List[Any]
 ) -> Optional[ChainSource]:
     """The disk, to be read straight from its chain's files; None where QEMU must read it."""
-    if image.is_options or not all(files):
+    if image.is_options or not all(files) or not all(map(holds_its_data, chain)):
         return None
     for member in chain:
-        data = member.get("format-specific", {}).get("data", {})
-        is_plain = member["format"] in ("qcow2", "raw") and not member.get("encrypted")
-        # "data-file-raw" is said even of a data file that the header does not name; and a name
-        # in JSON may hold any option, of which nothing more is said here.
-        has_data_file = "data-file" in data or "data-file-raw" in data
+        # A name in JSON may hold any option, of which nothing more is said here.
         below = (member.get(f"{key}backing-filename", "") for key in ("", "full-"))
-        if not is_plain or has_data_file or any(name.startswith("json:") for name in below):
+        if any(name.startswith("json:") for name in below):
             return None
     source = ChainSource(chain[0]["virtual-size"], files)
     # Closed here, and not by whoever collects garbage: he would swallow a signal's exception.
@@ -1269,15 +1277,23 @@ def read_chain(
     return source
 
 
-def stored_ranges(image: ImageName, size: int) -> "RangeList":
+def stored_ranges(image: ImageName, size: int, files: List[Any]) -> "RangeList":
     """What of an image is not known to be zeros.
 
     An export's holes tell less: what QEMU can only find out by reading would be one of them.
+
+    files   that each member's data lies in, or None. Raises Error if one ends before its data:
+            QEMU would read zeros there
     """
     ranges = RangeList()
-    for entry in read_map(image, size):
-        if not entry["zero"]:
+    with contextlib.closing(read_map(image, size)) as entries:
+        for entry in entries:
+            if entry["zero"]:
+                continue
             ranges.add(entry["start"], entry["start"] + entry["length"])
+            file = files[entry["depth"]] if entry["depth"] < len(files) else None
+            if file and entry.get("offset", 0) + entry["length"] >= file.size + SECTOR_SIZE:
+                raise file.ended_early(file.size)
     return ranges
 
 
@@ -1567,7 +1583,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
-        source = open_export(image, chain[0]["virtual-size"], opened.values(), resources)
+        holders = [file if holds_its_data(each) else None for each, file in zip(chain, files)]
+        watched = opened.values()
+        source = open_export(image, chain[0]["virtual-size"], holders, watched, resources)
     for each in opened.values():
         each.refuse_if_replaced()
     source.files = source.files + [each for each in opened.values() if each not in source.files]
@@ -1575,11 +1593,16 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
 
 
 def open_export(
-    image: ImageName, size: int, watched: Iterable[DiskFile], resources: contextlib.ExitStack
+    image: ImageName,
+    size: int,
+    members: List[Any],
+    watched: Iterable[DiskFile],
+    resources: contextlib.ExitStack,
 ) -> Source:
     """Open a disk as QEMU shows it.
 
     size        of the disk, in bytes
+    members     of its chain: the file that holds the member's data, or None
     watched     the files that are known to hold it: that they change would be noticed
     """
     known = {each.identity for each in watched}
@@ -1587,7 +1610,7 @@ def open_export(
     for _ in range(2):
         with contextlib.ExitStack() as attempt:
             # Asked while there is no export: some servers talk to one client at a time.
-            ranges = stored_ranges(image, size)
+            ranges = stored_ranges(image, size, members)
             export = Export(image)
             attempt.callback(export.close)
             file = export.open()
@@ -2570,6 +2593,23 @@ def is_local_socket(fd: int) -> bool:
         )
 
 
+def files_below(path: str) -> Iterator[str]:
+    """A file and the backing files below it, if it is a qcow2 image: as far as they are here."""
+    seen = []  # type: List[str]
+    with contextlib.suppress(OSError, ValueError, struct.error):
+        while stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
+            if path in seen:  # a ring
+                return
+            seen.append(path)
+            yield path
+            with open(path, "rb") as file:
+                magic, _, offset, length = struct.unpack(">4sIQI", file.read(20))
+                if magic != MAGIC or not offset or length > MAX_BACKING_NAME_BYTES:
+                    return
+                file.seek(offset)
+                path = os.path.join(os.path.dirname(path), os.fsdecode(file.read(length)))
+
+
 class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
@@ -2641,10 +2681,10 @@ class Output:
         with contextlib.suppress(OSError):  # no /proc
             beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
         for path in (backing_file, os.path.join(beside, backing_file)):
-            with contextlib.suppress(OSError, ValueError):  # there need not be such a file here
-                if self._overlaps(file_identity(os.stat(path))):
+            for member in files_below(path):
+                if self._overlaps(file_identity(os.stat(member))):
                     raise Error(
-                        f"standard output is {quoted(backing_file)} itself, or lies on it, the "
+                        f"standard output is {quoted(member)} itself, or lies on it, the "
                         "image's own backing file; write the image elsewhere"
                     )
 
@@ -2738,6 +2778,7 @@ class Output:
         while left > copied or time.monotonic() < since + PATIENCE_AT_END:
             # First whether the reader has gone, then what it has left: not the other way round.
             events = [event for _, event in poll.poll(0 if left < 0 else POLL_AT_END)]
+            is_refused = self._is_socket and not self._takes_more()
             try:
                 answer = fcntl.ioctl(self.fd, request, bytes(4))
             except OSError:  # not on this system
@@ -2751,8 +2792,20 @@ class Output:
                 raise ConsumerGone()
             if not left:
                 return
+            if is_refused:
+                raise ConsumerGone()
             if left < before:
                 since = time.monotonic()
+
+    def _takes_more(self) -> bool:
+        """Whether the other end of a socket still reads; to be asked without writing a byte."""
+        try:
+            os.write(self.fd, b"")
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
 
     def _write_now(self, view: memoryview) -> None:
         while len(view):
@@ -3563,7 +3616,11 @@ class Sources(NamedTuple):
 def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
 
+    # Read before a disk is opened, which would get the number of a descriptor that is missing.
     known = read_known_disk(options.input, options.json_header_map, options.json_header_info, "")
+    known_base = read_known_disk(
+        options.diff, options.json_header_diff_map, options.json_header_diff_info, "diff-"
+    )
     info = known.info
     image = ImageName(options.input, options.format, options.image_opts)
     limit = info.virtual_size if info else options.size
@@ -3577,9 +3634,6 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
     base = None
     trusted = known.is_whole
     if options.diff is not None:
-        known_base = read_known_disk(
-            options.diff, options.json_header_diff_map, options.json_header_diff_info, "diff-"
-        )
         trusted = trusted and known_base.is_whole
         base_size = min(size, known_base.info.virtual_size) if known_base.info else size
         base_image = ImageName(options.diff, options.diff_format or options.format, False)

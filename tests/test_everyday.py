@@ -309,6 +309,17 @@ def test_input_that_keeps_packets_apart(off: int) -> None:
         assert result == Result(0, stream("-", "--size", "8192", stdin=data), "")
 
 
+def test_input_from_a_terminal() -> None:
+    """Which would make line feeds of carriage returns."""
+    leader, follower = pty.openpty()
+    done = subprocess.run(
+        command("-", "--size", "512"), stdin=follower, capture_output=True, check=False
+    )
+    os.close(leader)
+    os.close(follower)
+    assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "a terminal")
+
+
 @pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
 def test_input_from_a_socket_of_packets(kind: int) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)

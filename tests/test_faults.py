@@ -332,6 +332,20 @@ def test_a_socket_whose_reader_takes_no_more_than_the_image(disk: Path, family: 
         assert finish(program).status == 0
 
 
+def test_a_socket_whose_reader_reads_no_more(disk: Path) -> None:
+    """With the end of the image in its queue, and the socket still open."""
+    image = stream(disk)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        program = start(disk, stdout=ours.fileno())
+        ours.close()
+        left = len(image) - 50_000
+        while left:
+            left -= len(theirs.recv(left))
+        theirs.shutdown(socket.SHUT_RD)
+        assert finish(program).status == -signal.SIGPIPE
+
+
 def overwrite(path: Path) -> None:
     """In place, so that the same pages get other bytes."""
     with open(path, "r+b") as file:

@@ -775,6 +775,11 @@ def test_a_truncated_image(tmp_path: Path) -> None:
     image = write(create(tmp_path / "a.qcow2", "4M"), "write -P 1 0 4M")
     os.truncate(image, image.stat().st_size - MIB)
     assert_refused(run("-f", "qcow2", image), "is truncated")
+    # QEMU would show zeros.
+    node = f"driver=qcow2,file.driver=file,file.filename={image}"
+    assert_refused(run("--image-opts", node), "is truncated")
+    top = write(overlay(tmp_path / "top.qcow2", image, "qcow2"), "write -c -P 2 0 64k")
+    assert_refused(run("-f", "qcow2", top), "is truncated")
 
 
 def test_no_room_for_the_folder(dense_vmdk: Path, tmp_path: Path) -> None:

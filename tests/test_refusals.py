@@ -376,6 +376,40 @@ def test_an_output_that_its_own_backing_file_lies_on(
     assert monday.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["sunday.qcow2", "ABSOLUTE"])
+def test_an_output_that_its_own_backing_file_stands_on(
+    disk: Path, tmp_path: Path, loop_device: Callable[..., str], name: str
+) -> None:
+    """The device holds the image on which the backing file is an overlay."""
+    sunday, monday = tmp_path / "sunday.qcow2", tmp_path / "monday.qcow2"
+    sunday.write_bytes(stream(disk))
+    before = sunday.read_bytes()
+    options = ["--layout", "-", "-F", "qcow2", "-b"]
+    below = name.replace("ABSOLUTE", str(sunday))
+    monday.write_bytes(stream(disk, *options, below, stdin=b"[]"))
+    with open(loop_device(sunday), "r+b") as out:
+        done = subprocess.run(
+            command(disk, *options, monday),
+            input=b"[]",
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
+    assert sunday.read_bytes() == before
+
+
+def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
+    """Somebody else's mistake, and no reason to look for its end."""
+    options = ["--layout", "-", "-F", "qcow2", "-b"]
+    for name, other in (("a", "b"), ("b", "a")):
+        image = stream(disk, *options, f"{other}.qcow2", stdin=b"[]")
+        (tmp_path / f"{name}.qcow2").write_bytes(image)
+    with open(tmp_path / "c.qcow2", "wb") as out:
+        words = command(disk, *options, "a.qcow2")
+        subprocess.run(words, input=b"[]", stdout=out, cwd=tmp_path, check=True)
+
+
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
     options = [str(disk), "--diff", str(disk), "-F", "raw", "-b"]

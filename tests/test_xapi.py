@@ -244,3 +244,11 @@ def test_a_consumer_that_leaves_its_socket_unread(tmp_path: Path) -> None:
     time.sleep(0.3)
     right.close()
     assert program.wait(TIMEOUT) == -signal.SIGPIPE
+
+
+def test_a_descriptor_that_is_missing(tmp_path: Path) -> None:
+    """It must not be taken for the disk that is opened next."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"[]".ljust(1 << 20))
+    words = ["--diff", str(disk), "--json-header-diff-map", "3"]
+    assert_refused(run(disk, *words), "--json-header-diff-map", "Bad file descriptor")
