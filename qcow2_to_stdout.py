@@ -1291,8 +1291,10 @@ def stored_ranges(image: ImageName, size: int, files: List[Any]) -> "RangeList":
             if entry["zero"]:
                 continue
             ranges.add(entry["start"], entry["start"] + entry["length"])
-            file = files[entry["depth"]] if entry["depth"] < len(files) else None
-            if file and entry.get("offset", 0) + entry["length"] >= file.size + SECTOR_SIZE:
+            if "offset" not in entry or entry["depth"] >= len(files):  # compressed, or elsewhere
+                continue
+            file = files[entry["depth"]]
+            if file and entry["offset"] + entry["length"] >= file.size + SECTOR_SIZE:
                 raise file.ended_early(file.size)
     return ranges
 
