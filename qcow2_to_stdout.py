@@ -801,11 +801,17 @@ class ChainSource(Source):
         self._offsets = array("Q")
         self._depths = array("L")
 
-    def add(self, start: int, length: int, depth: int, offset: int) -> None:
-        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order."""
-        behind = offset + length - self.files[depth].size
-        if 0 < behind < SECTOR_SIZE:  # QEMU counts the last sector of a raw file as whole
+    def add(self, start: int, length: int, depth: int, offset: int, is_raw: bool) -> None:
+        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order.
+
+        Raises Error if the member ends before.
+        """
+        file = self.files[depth]
+        behind = offset + length - file.size
+        if is_raw and 0 < behind < SECTOR_SIZE:  # QEMU counts its last sector as whole
             length -= behind
+        elif behind > 0:
+            raise file.ended_early(file.size)
         self._starts.append(start)
         self._ends.append(start + length)
         self._offsets.append(offset)
@@ -1003,6 +1009,7 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-img": ("qemu-utils", "qemu-img"),
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
+ONE_FILE_FORMATS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
 QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
 SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
 END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
@@ -1273,17 +1280,41 @@ def read_chain(
             is_there = "offset" in entry and entry["depth"] < len(files)
             if not entry["data"] or not is_there or entry.get("compressed"):
                 return None
-            source.add(entry["start"], entry["length"], entry["depth"], entry["offset"])
+            is_raw = chain[entry["depth"]]["format"] == "raw"
+            source.add(entry["start"], entry["length"], entry["depth"], entry["offset"], is_raw)
     return source
 
 
-def stored_ranges(image: ImageName, size: int, files: List[Any]) -> "RangeList":
+Place = Optional[Tuple[DiskFile, int]]
+
+
+def place_of_data(
+    member: Dict[str, Any], own: Optional[DiskFile], open_file: Callable[[str], DiskFile]
+) -> Place:
+    """The file in which the offsets count that are told of a member of a chain, and its end.
+
+    None if it is not known; own is the member's own file. What is raw ends with a whole sector.
+    """
+    data = member.get("format-specific", {}).get("data", {})
+    file, form = own, member["format"]
+    if "data-file" in data:
+        name = local_file(data["data-file"])
+        file, form = open_file(name) if name else None, "raw"
+    has_others = "data-file-raw" in data and "data-file" not in data
+    if form == "vmdk":
+        has_others = data.get("create-type") not in ("monolithicSparse", "streamOptimized")
+    if file is None or has_others or form not in ONE_FILE_FORMATS:
+        return None
+    return file, align_up(file.size, SECTOR_SIZE if form == "raw" else 1)
+
+
+def stored_ranges(image: ImageName, size: int, places: List[Place]) -> "RangeList":
     """What of an image is not known to be zeros.
 
     An export's holes tell less: what QEMU can only find out by reading would be one of them.
 
-    files   that each member's data lies in, or None. Raises Error if one ends before its data:
-            QEMU would read zeros there
+    places  of each member of its chain. Raises Error if a file ends before its data: QEMU would
+            read zeros there
     """
     ranges = RangeList()
     with contextlib.closing(read_map(image, size)) as entries:
@@ -1291,11 +1322,11 @@ def stored_ranges(image: ImageName, size: int, files: List[Any]) -> "RangeList":
             if entry["zero"]:
                 continue
             ranges.add(entry["start"], entry["start"] + entry["length"])
-            if "offset" not in entry or entry["depth"] >= len(files):  # compressed, or elsewhere
-                continue
-            file = files[entry["depth"]]
-            if file and entry["offset"] + entry["length"] >= file.size + SECTOR_SIZE:
-                raise file.ended_early(file.size)
+            place = places[entry["depth"]] if entry["depth"] < len(places) else None
+            if place and "offset" in entry:  # else it is compressed, or elsewhere
+                file, end = place
+                if entry["offset"] + entry["length"] > end:
+                    raise file.ended_early(file.size)
     return ranges
 
 
@@ -1585,9 +1616,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
     source = read_chain(image, chain, files)  # type: Optional[Source]
     if source is None:
-        holders = [file if holds_its_data(each) else None for each, file in zip(chain, files)]
+        places = [place_of_data(each, file, open_file) for each, file in zip(chain, files)]
         watched = opened.values()
-        source = open_export(image, chain[0]["virtual-size"], holders, watched, resources)
+        source = open_export(image, chain[0]["virtual-size"], places, watched, resources)
     for each in opened.values():
         each.refuse_if_replaced()
     source.files = source.files + [each for each in opened.values() if each not in source.files]
@@ -1597,14 +1628,14 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
 def open_export(
     image: ImageName,
     size: int,
-    members: List[Any],
+    places: List[Place],
     watched: Iterable[DiskFile],
     resources: contextlib.ExitStack,
 ) -> Source:
     """Open a disk as QEMU shows it.
 
     size        of the disk, in bytes
-    members     of its chain: the file that holds the member's data, or None
+    places      of the data of each member of its chain, where they are known
     watched     the files that are known to hold it: that they change would be noticed
     """
     known = {each.identity for each in watched}
@@ -1612,7 +1643,7 @@ def open_export(
     for _ in range(2):
         with contextlib.ExitStack() as attempt:
             # Asked while there is no export: some servers talk to one client at a time.
-            ranges = stored_ranges(image, size, members)
+            ranges = stored_ranges(image, size, places)
             export = Export(image)
             attempt.callback(export.close)
             file = export.open()
@@ -2595,21 +2626,45 @@ def is_local_socket(fd: int) -> bool:
         )
 
 
-def files_below(path: str) -> Iterator[str]:
-    """A file and the backing files below it, if it is a qcow2 image: as far as they are here."""
-    seen = []  # type: List[str]
-    with contextlib.suppress(OSError, ValueError, struct.error):
-        while stat.S_IFMT(os.stat(path).st_mode) in (stat.S_IFREG, stat.S_IFBLK):
-            if path in seen:  # a ring
-                return
-            seen.append(path)
-            yield path
-            with open(path, "rb") as file:
-                magic, _, offset, length = struct.unpack(">4sIQI", file.read(20))
-                if magic != MAGIC or not offset or length > MAX_BACKING_NAME_BYTES:
-                    return
-                file.seek(offset)
-                path = os.path.join(os.path.dirname(path), os.fsdecode(file.read(length)))
+def files_below(name: str, folder: str) -> Iterator[str]:
+    """A backing file and those below it, if they are qcow2 images: as far as they are here.
+
+    name    as it stands in a header; a relative one is looked for in the folder
+    """
+    names, seen = [(name, folder)], []  # type: List[Tuple[str, str]], List[str]
+    while names:
+        for path in paths_in_name(*names.pop()):
+            with contextlib.suppress(OSError, ValueError, struct.error):
+                kind = stat.S_IFMT(os.stat(path).st_mode)
+                if path in seen or kind not in (stat.S_IFREG, stat.S_IFBLK):
+                    continue
+                seen.append(path)
+                yield path
+                names.append((backing_name(path), os.path.dirname(path)))
+
+
+def paths_in_name(name: str, folder: str) -> List[str]:
+    """The files that a backing file's name may lead to, with or without one of QEMU's prefixes."""
+    names = [re.sub("^(file|host_device):", "", name)]
+    if name.startswith("json:"):
+        import json
+
+        texts = re.findall(r'filename"\s*:\s*("(?:[^"\\]|\\.)*")', name)
+        with contextlib.suppress(ValueError):
+            names = [json.loads(text) for text in texts]
+    with contextlib.suppress(OSError, ValueError):
+        return [os.path.realpath(os.path.join(folder, each)) for each in names if each]
+    return []
+
+
+def backing_name(path: str) -> str:
+    """The backing file's name in the header of a qcow2 image; empty for anything else."""
+    with open(path, "rb") as file:
+        magic, _, offset, length = struct.unpack(">4sIQI", file.read(20))
+        if magic != MAGIC or not offset or length > MAX_BACKING_NAME_BYTES:
+            return ""
+        file.seek(offset)
+        return os.fsdecode(file.read(length))
 
 
 class Output:
@@ -2682,8 +2737,8 @@ class Output:
         beside = ""
         with contextlib.suppress(OSError):  # no /proc
             beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
-        for path in (backing_file, os.path.join(beside, backing_file)):
-            for member in files_below(path):
+        for folder in ("", beside):
+            for member in files_below(backing_file, folder):
                 if self._overlaps(file_identity(os.stat(member))):
                     raise Error(
                         f"standard output is {quoted(member)} itself, or lies on it, the "
@@ -3501,6 +3556,9 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "--backing-format describes a backing file; add --backing-file NAME"),
         (options.image_opts and options.diff is not None and options.diff_format is None,
          "--image-opts says the format of INPUT alone; add --diff-format for BASE"),
+        (overlay and options.diff is not None and are_same_file(options.input, options.diff)
+         and options.format == (options.diff_format or options.format),
+         "INPUT and BASE are the same disk, which differs in nothing; give --diff the older one"),
         (overlay and options.diff is not None
          and are_same_file(options.diff, options.backing_file)
          and (options.diff_format or options.format) != options.backing_format,

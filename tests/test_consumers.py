@@ -166,14 +166,16 @@ def test_ssh(disk: Path, tmp_path: Path, ssh_host: str) -> None:
 
 
 class Upload(http.server.BaseHTTPRequestHandler):
-    """Takes one PUT with a length known beforehand, and nothing else."""
+    """Takes one PUT with a length known beforehand, and nothing else; or sends it elsewhere."""
 
     taken: Dict[str, bytes] = {}  # noqa: RUF012  # of the one test that uses it
 
     def do_PUT(self) -> None:
         length = int(self.headers["Content-Length"])
         self.taken[self.path] = self.rfile.read(length)
-        self.send_response(201 if len(self.taken[self.path]) == length else 400)
+        is_whole = len(self.taken[self.path]) == length
+        self.send_response(307 if "moved" in self.path else 201 if is_whole else 400)
+        self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -241,7 +241,8 @@ def test_the_longest_backing_file_name(tmp_path: Path, cluster_size: str) -> Non
     new = write_disk(tmp_path / "new.raw", 100_000, [(0, noise(70_000))])
     room = {"1024": 1024 - 112 - 16 - 392 - 8, "65536": 1023}[cluster_size]
     name = "./" * ((room - 8) // 2) + "base.raw"[: 8 - room % 2]
-    options: List[Any] = ["--diff", new, "-F", "raw", "-c", cluster_size]
+    base = write_disk(tmp_path / "base.raw", 100_000)
+    options: List[Any] = ["--diff", base, "-F", "raw", "-c", cluster_size]
     image = stream(new, *options, "-b", name.ljust(room, "x"))
     assert read_image(io.BytesIO(image)).backing_file == name.ljust(room, "x").encode()
     result = run(new, *options, "-b", name.ljust(room + 1, "x"))

@@ -312,6 +312,12 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
     assert_refused(Result(done.returncode, done.stdout, done.stderr.decode()), "No such file")
 
 
+def copied(disk: Path) -> Path:
+    copy = disk.with_name("copy.raw")
+    copy.write_bytes(disk.read_bytes())
+    return copy
+
+
 def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) -> None:
     monday = tmp_path / "monday.qcow2"
     monday.write_bytes(stream(disk))
@@ -333,6 +339,14 @@ def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> 
     stream(*options, "--diff-format", "qcow2")
 
 
+def test_a_disk_compared_with_itself_for_an_overlay(disk: Path, tmp_path: Path) -> None:
+    """A name that was left as it was: the overlay would show the backing file alone."""
+    (tmp_path / "link").symlink_to(disk)
+    for base in (disk, tmp_path / "link"):
+        result = run(disk, "--diff", base, "-b", "monday.qcow2", "-F", "qcow2")
+        assert_refused(result, "the same disk")
+
+
 def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
     """What driver= says of INPUT says nothing of BASE."""
     options = [
@@ -352,7 +366,7 @@ def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name
     name = name.replace("ABSOLUTE", str(monday))
     for folder in (tmp_path, Path("/")):
         with open(monday, "r+b") as out:
-            words = command(str(disk), "--diff", str(disk), "-b", name, "-F", "qcow2")
+            words = command(str(disk), "--diff", str(copied(disk)), "-b", name, "-F", "qcow2")
             done = subprocess.run(
                 words, stdout=out, stderr=subprocess.PIPE, cwd=folder, check=False
             )
@@ -370,33 +384,43 @@ def test_an_output_that_its_own_backing_file_lies_on(
     source, _, target = way.split()
     name = loop_device(monday) if source == "device" else str(monday)
     with open(loop_device(monday) if target == "device" else monday, "r+b") as out:
-        words = command(str(disk), "--diff", str(disk), "-b", name, "-F", "qcow2")
+        words = command(str(disk), "--diff", str(copied(disk)), "-b", name, "-F", "qcow2")
         done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
     assert monday.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["sunday.qcow2", "ABSOLUTE"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sunday.qcow2",
+        "ABSOLUTE",
+        "file:ABSOLUTE",
+        'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "ABSOLUTE"}}',
+    ],
+)
 def test_an_output_that_its_own_backing_file_stands_on(
     disk: Path, tmp_path: Path, loop_device: Callable[..., str], name: str
 ) -> None:
-    """The device holds the image on which the backing file is an overlay."""
+    """The device holds the image on which the backing file is an overlay, or that one itself."""
     sunday, monday = tmp_path / "sunday.qcow2", tmp_path / "monday.qcow2"
     sunday.write_bytes(stream(disk))
     before = sunday.read_bytes()
     options = ["--layout", "-", "-F", "qcow2", "-b"]
     below = name.replace("ABSOLUTE", str(sunday))
     monday.write_bytes(stream(disk, *options, below, stdin=b"[]"))
-    with open(loop_device(sunday), "r+b") as out:
-        done = subprocess.run(
-            command(disk, *options, monday),
-            input=b"[]",
-            stdout=out,
-            stderr=subprocess.PIPE,
-            check=False,
-        )
-    assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
-    assert sunday.read_bytes() == before
+    device = loop_device(sunday)
+    for backing_file in (str(monday), below if ":" in below else f"host_device:{device}"):
+        with open(device, "r+b") as out:
+            done = subprocess.run(
+                command(disk, *options, backing_file),
+                input=b"[]",
+                stdout=out,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        assert (done.returncode, b"own backing file" in done.stderr) == (1, True), backing_file
+        assert sunday.read_bytes() == before
 
 
 def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
@@ -412,7 +436,7 @@ def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
 
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
-    options = [str(disk), "--diff", str(disk), "-F", "raw", "-b"]
+    options = [str(disk), "--diff", str(copied(disk)), "-F", "raw", "-b"]
     assert_refused(run(*options, "a:b.raw", cwd=tmp_path), "put ./ before")
     stream(*options, "./a:b.raw", cwd=tmp_path)
     stream(*options, "nbd:localhost:10809", cwd=tmp_path)
