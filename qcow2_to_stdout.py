@@ -570,6 +570,11 @@ def shown_by_loop(identity: Tuple[int, ...], fd: Optional[int] = None) -> Tuple[
             os.close(device)
 
 
+def tells_of_devices() -> bool:
+    """Whether the system says which device lies on which: Linux does, where /sys is there."""
+    return not sys.platform.startswith("linux") or os.path.isdir("/sys/dev/block")
+
+
 def _sys_folder(device: int) -> str:
     return f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
 
@@ -802,16 +807,10 @@ class ChainSource(Source):
         self._depths = array("L")
 
     def add(self, start: int, length: int, depth: int, offset: int, is_raw: bool) -> None:
-        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order.
-
-        Raises Error if the member ends before.
-        """
-        file = self.files[depth]
-        behind = offset + length - file.size
+        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order."""
+        behind = offset + length - self.files[depth].size
         if is_raw and 0 < behind < SECTOR_SIZE:  # QEMU counts its last sector as whole
             length -= behind
-        elif behind > 0:
-            raise file.ended_early(file.size)
         self._starts.append(start)
         self._ends.append(start + length)
         self._offsets.append(offset)
@@ -1009,7 +1008,7 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-img": ("qemu-utils", "qemu-img"),
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
-ONE_FILE_FORMATS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
+FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
 QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
 SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
 END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
@@ -1195,10 +1194,39 @@ def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
     return list(chain)
 
 
-def read_map(image: ImageName, size: int) -> Generator[Dict[str, Any], None, None]:
+Place = Optional[Tuple[DiskFile, int]]
+
+
+def place_of_data(
+    member: Dict[str, Any], own: Optional[DiskFile], open_file: Callable[[str], DiskFile]
+) -> Place:
+    """The file in which the offsets count that are told of a member of a chain, and its end.
+
+    None if it is not known; own is the member's own file. What is raw ends with a whole sector.
+    All other files that hold data of it are opened, too, so that they are watched.
+    """
+    data = member.get("format-specific", {}).get("data", {})
+    names = [data["data-file"]] if "data-file" in data else []
+    names += [extent["filename"] for extent in data.get("extents", [])]  # of a VMDK
+    paths = [local_file(name) for name in names]
+    files = [open_file(path) if path else None for path in paths] or [own]
+    # "data-file-raw" is said even of a data file that the header does not name.
+    is_known = len(files) == 1 and ("data-file" in data or "data-file-raw" not in data)
+    if not is_known or files[0] is None or member["format"] not in FORMATS_WITH_OFFSETS:
+        return None
+    is_raw = member["format"] == "raw" or files[0] is not own
+    return files[0], align_up(files[0].size, SECTOR_SIZE if is_raw else 1)
+
+
+def read_map(
+    image: ImageName, size: int, places: List[Place]
+) -> Generator[Dict[str, Any], None, None]:
     """What `qemu-img map` says of each part of an image, from its start to its size in bytes.
 
-    Raises Error where the parts don't follow each other up to there.
+    places  of each member of its chain
+
+    Raises Error where the parts don't follow each other up to there, or if a file ends before its
+    data: QEMU would read zeros there, and even says so.
     """
     end = 0
     with contextlib.closing(run_qemu_img(b"map", image)) as lines:
@@ -1212,6 +1240,11 @@ def read_map(image: ImageName, size: int) -> Generator[Dict[str, Any], None, Non
             if entry["start"] != end or not all(map(_is_whole, numbers)):
                 break
             end += entry["length"]
+            place = places[entry["depth"]] if entry["depth"] < len(places) else None
+            if place and entry["data"] and "offset" in entry:  # else it is compressed, or elsewhere
+                file, file_end = place
+                if entry["offset"] + entry["length"] > file_end:
+                    raise file.ended_early(file.size)
             yield entry
     if end != size:
         raise Error(
@@ -1261,7 +1294,7 @@ def holds_its_data(member: Dict[str, Any]) -> bool:
 
 
 def read_chain(
-    image: ImageName, chain: List[Dict[str, Any]], files: List[Any]
+    image: ImageName, chain: List[Dict[str, Any]], files: List[Any], places: List[Place]
 ) -> Optional[ChainSource]:
     """The disk, to be read straight from its chain's files; None where QEMU must read it."""
     if image.is_options or not all(files) or not all(map(holds_its_data, chain)):
@@ -1273,7 +1306,7 @@ def read_chain(
             return None
     source = ChainSource(chain[0]["virtual-size"], files)
     # Closed here, and not by whoever collects garbage: he would swallow a signal's exception.
-    with contextlib.closing(read_map(image, source.size)) as entries:
+    with contextlib.closing(read_map(image, source.size, places)) as entries:
         for entry in entries:
             if entry["zero"]:
                 continue
@@ -1285,48 +1318,18 @@ def read_chain(
     return source
 
 
-Place = Optional[Tuple[DiskFile, int]]
-
-
-def place_of_data(
-    member: Dict[str, Any], own: Optional[DiskFile], open_file: Callable[[str], DiskFile]
-) -> Place:
-    """The file in which the offsets count that are told of a member of a chain, and its end.
-
-    None if it is not known; own is the member's own file. What is raw ends with a whole sector.
-    """
-    data = member.get("format-specific", {}).get("data", {})
-    file, form = own, member["format"]
-    if "data-file" in data:
-        name = local_file(data["data-file"])
-        file, form = open_file(name) if name else None, "raw"
-    has_others = "data-file-raw" in data and "data-file" not in data
-    if form == "vmdk":
-        has_others = data.get("create-type") not in ("monolithicSparse", "streamOptimized")
-    if file is None or has_others or form not in ONE_FILE_FORMATS:
-        return None
-    return file, align_up(file.size, SECTOR_SIZE if form == "raw" else 1)
-
-
 def stored_ranges(image: ImageName, size: int, places: List[Place]) -> "RangeList":
     """What of an image is not known to be zeros.
 
     An export's holes tell less: what QEMU can only find out by reading would be one of them.
 
-    places  of each member of its chain. Raises Error if a file ends before its data: QEMU would
-            read zeros there
+    places  of each member of its chain
     """
     ranges = RangeList()
-    with contextlib.closing(read_map(image, size)) as entries:
+    with contextlib.closing(read_map(image, size, places)) as entries:
         for entry in entries:
-            if entry["zero"]:
-                continue
-            ranges.add(entry["start"], entry["start"] + entry["length"])
-            place = places[entry["depth"]] if entry["depth"] < len(places) else None
-            if place and "offset" in entry:  # else it is compressed, or elsewhere
-                file, end = place
-                if entry["offset"] + entry["length"] > end:
-                    raise file.ended_early(file.size)
+            if not entry["zero"]:
+                ranges.add(entry["start"], entry["start"] + entry["length"])
     return ranges
 
 
@@ -1614,9 +1617,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     files = member_files(chain, image, open_file)
     if len(chain) > 1 and backing_chain(image) != chain:  # what is opened is no more that chain
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
-    source = read_chain(image, chain, files)  # type: Optional[Source]
+    places = [place_of_data(member, file, open_file) for member, file in zip(chain, files)]
+    source = read_chain(image, chain, files, places)  # type: Optional[Source]
     if source is None:
-        places = [place_of_data(each, file, open_file) for each, file in zip(chain, files)]
         watched = opened.values()
         source = open_export(image, chain[0]["virtual-size"], places, watched, resources)
     for each in opened.values():
@@ -2687,6 +2690,8 @@ class Output:
         self._pending = []  # type: List[bytes]
         self._pending_size = 0
         self._can_sendfile = hasattr(os, "sendfile")
+        self._head = b""  # of a file: its first bytes
+        self._start = 0  # … and where in it they are
         try:
             self._status = os.fstat(fd)
         except OSError as error:
@@ -2720,8 +2725,46 @@ class Output:
                 )
             if not is_text:
                 self._grow_pipe()
+        elif stat.S_ISREG(self._status.st_mode) and not is_text:
+            self._claim_file()
         if not is_stream:  # a reader with a short buffer loses the end of each packet
             raise Error("standard output is a pipe or a socket of packets; give it a stream")
+
+    def _claim_file(self) -> None:
+        """Lock a regular file, so that no second run of this program writes into it."""
+        import fcntl
+
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Error(
+                "another run of this program writes to the same file, and its image is lost now; "
+                "give each a name of its own"
+            ) from error
+        except OSError:  # not on this file system
+            pass
+        is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
+        self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
+
+    def _refuse_if_disturbed(self) -> None:
+        """Raise Error if somebody else has written to the file, or has emptied it.
+
+        Such as `> FILE` in another shell. Only on a disk of this host: other file systems may not
+        show yet what has been written.
+        """
+        if not stat.S_ISREG(self._status.st_mode) or self._is_text:
+            return
+        end = os.lseek(self.fd, 0, os.SEEK_CUR)
+        is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
+        if is_whole and os.major(self._status.st_dev):
+            with contextlib.suppress(OSError), open(f"/proc/self/fd/{self.fd}", "rb") as file:
+                file.seek(self._start)
+                is_whole = file.read(len(self._head)) == self._head
+        if not is_whole:
+            raise Error(
+                "standard output is a file to which somebody else has written at the same time, "
+                "and the image is not whole; give it a name of its own"
+            )
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""
@@ -2758,6 +2801,11 @@ class Output:
         # Two loop devices on one file are taken for one: they may show the same of it.
         if {ours, shown_by_loop(ours, self.fd)} & set(layers_below(theirs, fd)):
             return True
+        if self._is_block_device and not tells_of_devices():
+            raise Error(
+                "standard output is a block device, and without /sys nobody knows whether what is "
+                "read lies on it; mount /sys"
+            )
         is_above = {theirs, shown_by_loop(theirs, fd)} & set(layers_below(ours, self.fd))
         return bool(is_above) and not self._is_text  # a few bytes beside it do no harm
 
@@ -2804,6 +2852,7 @@ class Output:
         if not self._pending:
             return
         pending, self._pending, self._pending_size = self._pending, [], 0
+        self._head = self._head or bytes(pending[0][:SECTOR_SIZE])
         self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
 
     def finish(self) -> None:
@@ -2821,6 +2870,7 @@ class Output:
             os.close(os.dup(self.fd))
         except OSError as error:
             raise self._write_error(error) from error
+        self._refuse_if_disturbed()
         if not (self._is_pipe or self._is_socket):
             return
         import fcntl
@@ -3570,6 +3620,9 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
               or os.path.exists(options.backing_file)),
          f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "
          "protocol; put ./ before the name"),
+        (overlay and re.match("(file|host_device|host_cdrom):[^/]", options.backing_file or ""),
+         f"QEMU looks for {quoted(options.backing_file or '')} from its own folder, not beside the "
+         "overlay; leave out what is before the colon, or give an absolute name"),
         (overlay and not options.backing_file,
          "the name of the backing file is empty; give one to --backing-file"),
         (overlay and not FORMATS.match(options.backing_format or ""),

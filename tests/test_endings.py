@@ -22,6 +22,7 @@ from support.program import (
     command,
     run,
     start,
+    stream,
     wait_until_it_catches,
 )
 
@@ -245,3 +246,46 @@ def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> N
     )
     assert done.returncode == 0
     assert done.stdout == run(raw).stdout
+
+
+@pytest.mark.parametrize("how", ["a second run", "emptied", "appended to"])
+def test_a_file_into_which_somebody_else_writes(disk: Path, tmp_path: Path, how: str) -> None:
+    """Such as the next night's run, when this one takes too long: its shell empties the file."""
+    content = disk.read_bytes()
+    image = tmp_path / "image"
+    mode = "ab" if how == "appended to" else "wb"
+    with open(image, mode) as out:
+        program = subprocess.Popen(
+            command("-", "--size", str(len(content))),
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=subprocess.PIPE,
+        )
+    assert program.stdin is not None
+    program.stdin.write(content[: len(content) // 2])
+    program.stdin.flush()
+    deadline = time.monotonic() + TIMEOUT
+    while image.stat().st_size < len(content) // 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with open(image, mode) as other:
+        if how == "a second run":
+            second = subprocess.run(
+                command(disk), stdout=other, stderr=subprocess.PIPE, check=False
+            )
+            refused = Result(second.returncode, b"", second.stderr.decode())
+            assert_failed(refused, "another run", "a name of its own")
+        elif how == "appended to":
+            other.write(b"!")
+    stderr = program.communicate(content[len(content) // 2 :])[1].decode()
+    assert_failed(Result(program.returncode, b"", stderr), "somebody else", "a name of its own")
+
+
+def test_a_file_that_is_read_or_written_one_after_the_other(disk: Path, tmp_path: Path) -> None:
+    """The claim ends with the run, and keeps no reader away."""
+    with open(tmp_path / "images", "wb") as out:
+        out.write(b"before")
+        out.flush()
+        for _ in range(2):
+            subprocess.run(command(disk), stdout=out, check=True)
+    assert (tmp_path / "images").read_bytes() == b"before" + 2 * stream(disk)

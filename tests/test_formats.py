@@ -784,6 +784,37 @@ def test_a_truncated_image(tmp_path: Path, missing: int) -> None:
     assert_refused(run("-f", "qcow2", top), "is truncated")
 
 
+def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> None:
+    """QEMU says that what lies behind the end is zeros, and data all the same."""
+    image = create(tmp_path / "a.qcow2", "64M", "-o", "preallocation=metadata")
+    write(image, "write -P 5 20M 40M")
+    stream("-f", "qcow2", image)
+    os.truncate(image, 50 * MIB)
+    assert judges.qemu_map(image)[-1]["zero"]
+    assert_refused(run("-f", "qcow2", image), "is truncated")
+    node = f"driver=qcow2,file.driver=file,file.filename={image}"
+    assert_refused(run("--image-opts", node), "is truncated")
+
+
+def test_the_extent_of_a_flat_vmdk(tmp_path: Path) -> None:
+    """Its name stands in the descriptor; it is watched, and its end is known."""
+    needs(os.geteuid() == 0, "root, for a PID namespace")
+    raw = write_disk(tmp_path / "a.raw", 3 * MIB, [(0, noise(3 * MIB))])
+    image, extent = tmp_path / "a.vmdk", tmp_path / "a-flat.vmdk"
+    flat = ("-o", "subformat=monolithicFlat")
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vmdk", *flat, raw, image)
+    assert stream("-f", "vmdk", image) == stream(raw)
+    alone = ["unshare", "--pid", "--fork", *command("-f", "vmdk", image)]  # no /proc tells of QEMU
+    program = subprocess.Popen(alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None
+    program.stdout.read(100_000)
+    os.utime(extent)
+    stderr = program.communicate(timeout=60)[1]
+    assert (program.returncode, b"it was written to" in stderr) == (1, True), stderr
+    os.truncate(extent, 2 * MIB)
+    assert_refused(run("-f", "vmdk", image), "a-flat.vmdk", "is truncated")
+
+
 @pytest.mark.parametrize("form", ["vdi", "vmdk", "qcow", "qed", "vpc", "parallels", "vhdx"])
 def test_a_truncated_image_of_another_format(tmp_path: Path, form: str) -> None:
     raw = write_disk(tmp_path / "a.raw", 3 * MIB + 512, [(0, noise(3 * MIB + 512))])

@@ -92,7 +92,8 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     bin_folder.mkdir()
     words = ssh_host.rsplit(" ", 1)[0].split(" ", 1)[1]
     (bin_folder / "ssh").write_text(  # the host's name is all that differs from a real one
-        f'#!/bin/bash\nshift; exec /usr/bin/ssh {words} root@127.0.0.1 "$@"\n'
+        f'#!/bin/bash\n[ "$1" != -n ] || {{ n=-n; shift; }}\n'
+        f'shift; exec /usr/bin/ssh $n {words} root@127.0.0.1 "$@"\n'
     )
     (bin_folder / "ssh").chmod(0o755)
     env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}",

@@ -205,6 +205,26 @@ def test_an_output_that_the_input_lies_on_where_little_is_told(
     assert disk.read_bytes() == before
 
 
+def test_a_device_of_which_nobody_tells_what_it_is_part_of(
+    disk: Path, loop_device: Callable[..., str]
+) -> None:
+    """A rescue system or a chroot may lack /sys, where a partition's disk is named."""
+    whole = loop_device(write_disk(disk.with_name("whole"), 8 << 20))
+    other = loop_device(disk)
+    hidden = 'mount -t tmpfs none /sys; exec "$@"'
+    with open(whole, "r+b") as out:
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", hidden, "sh", *(str(word) for word in command(other))],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert_refused(Result(done.returncode, b"", done.stderr), "mount /sys")
+    with open(whole, "rb") as written:
+        assert not any(written.read())
+
+
 @pytest.fixture
 def mounted(tmp_path: Path, loop_device: Callable[..., str]) -> Iterator[Tuple[str, Path]]:
     """A device, and the folder where the file system on it is mounted."""
