@@ -129,6 +129,7 @@ CLUSTER_SIZES = tuple(1 << bits for bits in range(9, 22))
 REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
 
+OFFSET_MASK = (1 << 56) - (1 << 9)  # the bits of an entry that hold a host offset
 OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
 OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 
@@ -1218,6 +1219,30 @@ def place_of_data(
     return files[0], align_up(files[0].size, SECTOR_SIZE if is_raw else 1)
 
 
+def refuse_if_tables_are_missing(file: DiskFile) -> None:
+    """Raise Error if a qcow2 image ends before its L1 or one of its L2 tables.
+
+    QEMU would take what is missing for zeros, so for clusters that were never written.
+    """
+    header = bytearray(48)
+    if file.size < len(header):
+        return
+    file.read_into(memoryview(header), 0)
+    cluster_bits, l1_size, l1_offset = struct.unpack(">20xI12xIQ", header)
+    if header[:4] != MAGIC or l1_size * ENTRY_SIZE > MAX_L1_BYTES or cluster_bits > 21:
+        return  # QEMU says what is wrong with it
+    if l1_offset + l1_size * ENTRY_SIZE > file.size:
+        raise file.ended_early(file.size)
+    table = bytearray(l1_size * ENTRY_SIZE)
+    file.read_into(memoryview(table), l1_offset)
+    entries = array("Q", bytes(table))
+    if sys.byteorder == "little":
+        entries.byteswap()
+    last = max((entry & OFFSET_MASK for entry in entries), default=0)
+    if last and last + (1 << cluster_bits) > file.size:
+        raise file.ended_early(file.size)
+
+
 def read_map(
     image: ImageName, size: int, places: List[Place]
 ) -> Generator[Dict[str, Any], None, None]:
@@ -1617,6 +1642,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     files = member_files(chain, image, open_file)
     if len(chain) > 1 and backing_chain(image) != chain:  # what is opened is no more that chain
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
+    for member, file in zip(chain, files):
+        if file and member["format"] == "qcow2":
+            refuse_if_tables_are_missing(file)
     places = [place_of_data(member, file, open_file) for member, file in zip(chain, files)]
     source = read_chain(image, chain, files, places)  # type: Optional[Source]
     if source is None:
@@ -2788,6 +2816,27 @@ class Output:
                         "image's own backing file; write the image elsewhere"
                     )
 
+    def refuse_if_no_image(self, backing_file: str) -> None:
+        """Raise Error if what the image names, looked for beside it, is there, but no qcow2 image.
+
+        Such as what a failed run has left. Where the output's folder isn't known, only an
+        absolute name leads anywhere.
+        """
+        path = backing_file
+        with contextlib.suppress(OSError):  # no /proc
+            if stat.S_ISREG(self._status.st_mode):
+                beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
+                path = os.path.join(beside, backing_file)
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.isabs(path) and stat.S_ISREG(os.stat(path).st_mode):
+                with open(path, "rb") as file:
+                    if file.read(len(MAGIC)) == MAGIC:
+                        return
+                raise Error(
+                    f"the backing file {quoted(path)} is no qcow2 image, as --backing-format says; "
+                    "has the run that wrote it failed?"
+                )
+
     def _overlaps(self, theirs: Tuple[int, ...], fd: Optional[int] = None) -> bool:
         """Whether what is written would change a file or a device, or grow into it.
 
@@ -3857,6 +3906,8 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     output.refuse_if_among(file for disk in disks for file in disk.files)
     if options.backing_file is not None:
         output.refuse_if_named(options.backing_file)
+        if options.backing_format == "qcow2":
+            output.refuse_if_no_image(options.backing_file)
 
     cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
     geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)

@@ -796,6 +796,23 @@ def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> 
     assert_refused(run("--image-opts", node), "is truncated")
 
 
+def test_a_truncated_image_whose_tables_are_missing(tmp_path: Path) -> None:
+    """What an L2 table behind the end would tell of seems never to have been written."""
+    image = create(tmp_path / "a.qcow2", "4G")
+    for gigabyte in range(4):
+        write(image, f"write -P 7 {gigabyte}G 64k")
+    content = image.read_bytes()
+    cuts = range(65536 * 6, len(content), 65536)
+    assert len(cuts) > 4
+    for cut in cuts:
+        image.write_bytes(content[:cut])
+        result = run("-f", "qcow2", image)
+        assert_refused(result, "a.qcow2")
+        assert "is truncated" in result.stderr or "cannot open" in result.stderr
+        node = f"driver=qcow2,file.driver=file,file.filename={image}"
+        assert_refused(run("--image-opts", node), "a.qcow2")
+
+
 def test_the_extent_of_a_flat_vmdk(tmp_path: Path) -> None:
     """Its name stands in the descriptor; it is watched, and its end is known."""
     needs(os.geteuid() == 0, "root, for a PID namespace")

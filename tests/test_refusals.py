@@ -443,6 +443,20 @@ def test_an_output_that_its_own_backing_file_stands_on(
         assert sunday.read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_a_backing_file_of_a_failed_run(disk: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "monday.qcow2").write_bytes(content)
+    options = ["--layout", "-", "-F", "qcow2", "-b"]
+    with open(tmp_path / "tuesday.qcow2", "wb") as out:  # its folder is where the name leads to
+        words = command(disk, *options, "monday.qcow2")
+        done = subprocess.run(words, input=b"[]", stdout=out, stderr=subprocess.PIPE, check=False)
+    assert_refused(Result(done.returncode, b"", done.stderr.decode()), "is no qcow2 image")
+    assert (tmp_path / "tuesday.qcow2").read_bytes() == b""
+    absolute = run(disk, *options, f"{tmp_path}/monday.qcow2", stdin=b"[]")
+    assert_refused(absolute, "is no qcow2 image")
+    stream(disk, *options, "monday.qcow2", cwd=tmp_path, stdin=b"[]")  # who knows which one
+
+
 def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
     """Somebody else's mistake, and no reason to look for its end."""
     options = ["--layout", "-", "-F", "qcow2", "-b"]
