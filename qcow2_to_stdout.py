@@ -2766,8 +2766,8 @@ class Output:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Error(
-                "another run of this program writes to the same file, and its image is lost now; "
-                "give each a name of its own"
+                "another run of this program is writing to the same file; give each image a name of "
+                "its own"
             ) from error
         except OSError:  # not on this file system
             pass
