@@ -2766,7 +2766,7 @@ class Output:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Error(
-                "another run of this program is writing to the same file; give each image a name of "
+                "another run of this program is writing to the same file; give each a name of "
                 "its own"
             ) from error
         except OSError:  # not on this file system
