@@ -2657,6 +2657,19 @@ def is_local_socket(fd: int) -> bool:
         )
 
 
+def is_fuse(device: int) -> bool:
+    """Whether the file system with this number is a program's, as far as Linux tells."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError, LookupError, ValueError), open(
+        "/proc/self/mountinfo", "rb"
+    ) as mounts:
+        for line in mounts.read().decode("latin-1").splitlines():
+            about_place, about_kind = line.split(" - ", 1)
+            if about_place.split()[2] == number:
+                return about_kind.startswith("fuse")
+    return False
+
+
 def files_below(name: str, folder: str) -> Iterator[str]:
     """A backing file and those below it, if they are qcow2 images: as far as they are here.
 
@@ -2777,14 +2790,13 @@ class Output:
     def _refuse_if_disturbed(self) -> None:
         """Raise Error if somebody else has written to the file, or has emptied it.
 
-        Such as `> FILE` in another shell. Only on a disk of this host: other file systems may not
-        show yet what has been written.
+        Such as `> FILE` in another shell. FUSE may not show yet what has been written.
         """
         if not stat.S_ISREG(self._status.st_mode) or self._is_text:
             return
         end = os.lseek(self.fd, 0, os.SEEK_CUR)
         is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
-        if is_whole and os.major(self._status.st_dev):
+        if is_whole and not is_fuse(self._status.st_dev):
             with contextlib.suppress(OSError), open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(self._start)
                 is_whole = file.read(len(self._head)) == self._head

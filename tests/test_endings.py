@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, List
@@ -249,10 +250,21 @@ def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", ["a second run", "emptied", "appended to"])
-def test_a_file_into_which_somebody_else_writes(disk: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("where", ["disk", "tmpfs"])
+def test_a_file_into_which_somebody_else_writes(
+    disk: Path, tmp_path: Path, how: str, where: str
+) -> None:
     """Such as the next night's run, when this one takes too long: its shell empties the file."""
+    if where == "disk":
+        write_and_disturb(disk, tmp_path / "image", how)
+        return
+    needs(os.path.ismount("/dev/shm"), "a tmpfs")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        write_and_disturb(disk, Path(folder) / "image", how)
+
+
+def write_and_disturb(disk: Path, image: Path, how: str) -> None:
     content = disk.read_bytes()
-    image = tmp_path / "image"
     mode = "ab" if how == "appended to" else "wb"
     with open(image, mode) as out:
         program = subprocess.Popen(
