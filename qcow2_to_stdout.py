@@ -1208,14 +1208,17 @@ def place_of_data(
     """
     data = member.get("format-specific", {}).get("data", {})
     names = [data["data-file"]] if "data-file" in data else []
-    names += [extent["filename"] for extent in data.get("extents", [])]  # of a VMDK
+    extents = [extent["filename"] for extent in data.get("extents", [])]  # of a VMDK
+    if len(extents) == 1 or not tells_of_processes():  # else they are found where QEMU has them
+        names += extents
     paths = [local_file(name) for name in names]
     files = [open_file(path) if path else None for path in paths] or [own]
     # "data-file-raw" is said even of a data file that the header does not name.
-    is_known = len(files) == 1 and ("data-file" in data or "data-file-raw" not in data)
-    if not is_known or files[0] is None or member["format"] not in FORMATS_WITH_OFFSETS:
+    is_known = "data-file" in data or "data-file-raw" not in data
+    is_one = len(files) == 1 and len(extents) <= 1
+    if not (is_known and is_one and files[0] and member["format"] in FORMATS_WITH_OFFSETS):
         return None
-    is_raw = member["format"] == "raw" or files[0] is not own
+    is_raw = member["format"] == "raw" or "data-file" in data
     return files[0], align_up(files[0].size, SECTOR_SIZE if is_raw else 1)
 
 
@@ -1645,6 +1648,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     for member, file in zip(chain, files):
         if file and member["format"] == "qcow2":
             refuse_if_tables_are_missing(file)
+    for member in chain if image.is_options else []:
+        # The header's name, which an option may have replaced: nobody knows which file it is.
+        member.get("format-specific", {}).get("data", {}).pop("data-file", None)
     places = [place_of_data(member, file, open_file) for member, file in zip(chain, files)]
     source = read_chain(image, chain, files, places)  # type: Optional[Source]
     if source is None:
@@ -2643,6 +2649,7 @@ SOCKET_SIZE = 16 << 20  # bytes, more than two sockets on one host hold between 
 READ_AHEAD = 16 << 20  # bytes between the copy and what the kernel is asked to fetch
 SENDFILE_MIN = 16 << 10  # bytes: below that, a call costs more than the copy that it saves
 GATHER_GAP = 4 << 10  # bytes between two small runs that are read along: a page comes anyway
+LOCK_PLACE = 1 << 60  # bytes: where in its file an output's lock is
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # Linux's; the fcntl module names them since 3.10
 
 
@@ -2678,7 +2685,7 @@ def files_below(name: str, folder: str) -> Iterator[str]:
     names, seen = [(name, folder)], []  # type: List[Tuple[str, str]], List[str]
     while names:
         for path in paths_in_name(*names.pop()):
-            with contextlib.suppress(OSError, ValueError, struct.error):
+            with contextlib.suppress(OSError, ValueError, OverflowError, struct.error):
                 kind = stat.S_IFMT(os.stat(path).st_mode)
                 if path in seen or kind not in (stat.S_IFREG, stat.S_IFBLK):
                     continue
@@ -2732,7 +2739,7 @@ class Output:
         self._pending_size = 0
         self._can_sendfile = hasattr(os, "sendfile")
         self._head = b""  # of a file: its first bytes
-        self._start = 0  # … and where in it they are
+        self._start = 0  # type: Optional[int]  # … and where in it they are, if that is known
         try:
             self._status = os.fstat(fd)
         except OSError as error:
@@ -2775,8 +2782,8 @@ class Output:
         """Lock a regular file, so that no second run of this program writes into it."""
         import fcntl
 
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:  # a place where no other program's locks are; it is free again when this process ends
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_PLACE)
         except BlockingIOError as error:
             raise Error(
                 "another run of this program is writing to the same file; give each a name of "
@@ -2785,18 +2792,21 @@ class Output:
         except OSError:  # not on this file system
             pass
         is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
-        self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
+        self._start = None
+        if not is_fuse(self._status.st_dev):  # a program may tell nothing until all is there
+            with contextlib.suppress(OSError):
+                self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
 
     def _refuse_if_disturbed(self) -> None:
         """Raise Error if somebody else has written to the file, or has emptied it.
 
-        Such as `> FILE` in another shell. FUSE may not show yet what has been written.
+        Such as `> FILE` in another shell.
         """
-        if not stat.S_ISREG(self._status.st_mode) or self._is_text:
+        if self._start is None or not stat.S_ISREG(self._status.st_mode) or self._is_text:
             return
         end = os.lseek(self.fd, 0, os.SEEK_CUR)
         is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
-        if is_whole and not is_fuse(self._status.st_dev):
+        if is_whole:
             with contextlib.suppress(OSError), open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(self._start)
                 is_whole = file.read(len(self._head)) == self._head
@@ -3591,7 +3601,10 @@ def make_parser() -> argparse.ArgumentParser:
 def are_same_file(one: str, other: str) -> bool:
     """Whether two names are equal, or lead to one file from here."""
     with contextlib.suppress(OSError, ValueError):
-        return one == other or os.path.samefile(one, other)
+        if one == other or os.path.realpath(one) == os.path.realpath(other):
+            return True
+        # Not every file system gives two files two numbers.
+        return os.path.samefile(one, other) and os.stat(one).st_nlink > 1
     return False
 
 

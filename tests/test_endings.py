@@ -294,7 +294,17 @@ def write_and_disturb(disk: Path, image: Path, how: str) -> None:
 
 
 def test_a_file_that_is_read_or_written_one_after_the_other(disk: Path, tmp_path: Path) -> None:
-    """The claim ends with the run, and keeps no reader away."""
+    """The claim ends with the run, even where its descriptor lives on, and is no other's lock."""
+    with open(tmp_path / "image", "wb") as kept:
+        for _ in range(2):
+            with open(tmp_path / "image", "wb") as out:
+                subprocess.run(command(disk), stdout=out, check=True)
+            subprocess.run(command(disk), stdout=kept, check=True)
+            kept.seek(0)
+        shell = ["flock", "image", "bash", "-c", '"$@" > image', "bash"]
+        words = [*shell, *(str(word) for word in command(disk))]
+        subprocess.run(words, cwd=tmp_path, check=True)
+    assert (tmp_path / "image").read_bytes() == stream(disk)
     with open(tmp_path / "images", "wb") as out:
         out.write(b"before")
         out.flush()

@@ -848,8 +848,22 @@ def test_a_truncated_data_file(tmp_path: Path) -> None:
     image = create(tmp_path / "a.qcow2", "4M", "-o", f"data_file={data}")
     write(image, "write -P 1 0 4M")
     stream("-f", "qcow2", image)
+    snapshot = tmp_path / "snapshot"
+    snapshot.write_bytes(data.read_bytes())
     os.truncate(data, 3 * MIB)
     assert_refused(run("-f", "qcow2", image), "data", "is truncated")
+    # Which file an option has put in its place, nobody tells: the header's does not count.
+    node = f"driver=qcow2,file.driver=file,file.filename={image},data-file.driver=file"
+    stream("--image-opts", f"{node},data-file.filename={snapshot}")
+
+
+@pytest.mark.parametrize("missing", [1, 512])
+def test_a_truncated_extent_of_a_vmdk(tmp_path: Path, missing: int) -> None:
+    raw = write_disk(tmp_path / "a.raw", 3 * MIB, [(0, noise(3 * MIB))])
+    flat = ("-o", "subformat=monolithicFlat")
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vmdk", *flat, raw, tmp_path / "a.vmdk")
+    os.truncate(tmp_path / "a-flat.vmdk", 3 * MIB - missing)
+    assert_refused(run("-f", "vmdk", tmp_path / "a.vmdk"), "a-flat.vmdk", "is truncated")
 
 
 def test_no_room_for_the_folder(dense_vmdk: Path, tmp_path: Path) -> None:
