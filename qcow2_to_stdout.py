@@ -1199,7 +1199,10 @@ Place = Optional[Tuple[DiskFile, int]]
 
 
 def place_of_data(
-    member: Dict[str, Any], own: Optional[DiskFile], open_file: Callable[[str], DiskFile]
+    member: Dict[str, Any],
+    own: Optional[DiskFile],
+    open_file: Callable[[str], DiskFile],
+    has_options: bool,
 ) -> Place:
     """The file in which the offsets count that are told of a member of a chain, and its end.
 
@@ -1207,6 +1210,8 @@ def place_of_data(
     All other files that hold data of it are opened, too, so that they are watched.
     """
     data = member.get("format-specific", {}).get("data", {})
+    if has_options and "data-file" in data:  # the header's name, which an option may have replaced
+        return None
     names = [data["data-file"]] if "data-file" in data else []
     extents = [extent["filename"] for extent in data.get("extents", [])]  # of a VMDK
     if len(extents) == 1 or not tells_of_processes():  # else they are found where QEMU has them
@@ -1648,10 +1653,10 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     for member, file in zip(chain, files):
         if file and member["format"] == "qcow2":
             refuse_if_tables_are_missing(file)
-    for member in chain if image.is_options else []:
-        # The header's name, which an option may have replaced: nobody knows which file it is.
-        member.get("format-specific", {}).get("data", {}).pop("data-file", None)
-    places = [place_of_data(member, file, open_file) for member, file in zip(chain, files)]
+    places = [
+        place_of_data(member, file, open_file, image.is_options)
+        for member, file in zip(chain, files)
+    ]
     source = read_chain(image, chain, files, places)  # type: Optional[Source]
     if source is None:
         watched = opened.values()
@@ -2739,7 +2744,7 @@ class Output:
         self._pending_size = 0
         self._can_sendfile = hasattr(os, "sendfile")
         self._head = b""  # of a file: its first bytes
-        self._start = 0  # type: Optional[int]  # … and where in it they are, if that is known
+        self._start = None  # type: Optional[int]  # … and where they are, if that can be asked
         try:
             self._status = os.fstat(fd)
         except OSError as error:
@@ -2792,7 +2797,6 @@ class Output:
         except OSError:  # not on this file system
             pass
         is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
-        self._start = None
         if not is_fuse(self._status.st_dev):  # a program may tell nothing until all is there
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
@@ -2802,7 +2806,7 @@ class Output:
 
         Such as `> FILE` in another shell.
         """
-        if self._start is None or not stat.S_ISREG(self._status.st_mode) or self._is_text:
+        if self._start is None:
             return
         end = os.lseek(self.fd, 0, os.SEEK_CUR)
         is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
@@ -2827,10 +2831,7 @@ class Output:
 
     def refuse_if_named(self, backing_file: str) -> None:
         """Raise Error if the output is the file that the image names, from here or beside it."""
-        beside = ""
-        with contextlib.suppress(OSError):  # no /proc
-            beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
-        for folder in ("", beside):
+        for folder in ("", self._folder()):
             for member in files_below(backing_file, folder):
                 if self._overlaps(file_identity(os.stat(member))):
                     raise Error(
@@ -2844,11 +2845,7 @@ class Output:
         Such as what a failed run has left. Where the output's folder isn't known, only an
         absolute name leads anywhere.
         """
-        path = backing_file
-        with contextlib.suppress(OSError):  # no /proc
-            if stat.S_ISREG(self._status.st_mode):
-                beside = os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
-                path = os.path.join(beside, backing_file)
+        path = os.path.join(self._folder(), backing_file)
         with contextlib.suppress(OSError, ValueError):
             if os.path.isabs(path) and stat.S_ISREG(os.stat(path).st_mode):
                 with open(path, "rb") as file:
@@ -2858,6 +2855,12 @@ class Output:
                     f"the backing file {quoted(path)} is no qcow2 image, as --backing-format says; "
                     "has the run that wrote it failed?"
                 )
+
+    def _folder(self) -> str:
+        """Where the image will lie, if it goes into a file or a device and Linux tells."""
+        with contextlib.suppress(OSError):  # no /proc
+            return os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
+        return ""
 
     def _overlaps(self, theirs: Tuple[int, ...], fd: Optional[int] = None) -> bool:
         """Whether what is written would change a file or a device, or grow into it.
