@@ -4088,7 +4088,7 @@ STDERR_PATIENCE = 5.0  # seconds that a message at the end waits for a full pipe
 def human(count: float) -> str:
     """A number of bytes for people: three digits and a unit."""
     units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while count >= 1000 and len(units) > 1:
+    while count >= 999.5 and len(units) > 1:  # what rounds up to a thousand has four digits
         count /= 1024
         units.pop(0)
     return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"

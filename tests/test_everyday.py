@@ -35,7 +35,7 @@ from support.program import (
     wait_until_it_catches,
 )
 
-MIB = 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 # --measure
@@ -166,6 +166,22 @@ def test_progress_in_a_log_is_lines(tmp_path: Path) -> None:
     assert result.stdout == stream(raw)
     assert re.fullmatch(SUMMARY + r"\n", result.stderr)
     assert "disk 4 MiB: 1 MiB data, 3 MiB zeros" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "size, text",
+    [
+        (999 * KIB, "999 KiB"),
+        (1999 * 512, "0.976 MiB"),  # three digits of 999.5 KiB would be a thousand
+        (MIB, "1 MiB"),
+        (1023 * MIB + 512 * KIB, "1 GiB"),
+        (999 * GIB + 700 * MIB, "0.976 TiB"),
+    ],
+)
+def test_sizes_for_people_have_three_digits(tmp_path: Path, size: int, text: str) -> None:
+    result = run(write_disk(tmp_path / "disk.raw", size), "-p")
+    assert result.status == 0
+    assert result.stderr.startswith(f"disk {text}: 0 B data, {text} zeros")
 
 
 @pytest.mark.parametrize("options", [[], ["-p"]])
