@@ -5,13 +5,16 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import pytest
 from hypothesis import HealthCheck, settings
 from support.ceph import AVAILABLE, Cluster
+from support.disks import noise, write_disk
 from support.fuse import FuseDisk
+from support.images import leftovers, shell
 from support.pythons import pythons, version
 
 settings.register_profile(
@@ -98,3 +101,23 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if cluster is not None:
             cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of the test's own, in which nothing outlives it: no daemon either."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    deadline = time.monotonic() + 10
+    while leftovers(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not leftovers(folder)
+
+
+@pytest.fixture
+def dense_vmdk(tmp_path: Path) -> Path:
+    raw = write_disk(tmp_path / "raw", 8 << 20, [(0, noise(8 << 20))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vmdk", raw, tmp_path / "a.vmdk")
+    return tmp_path / "a.vmdk"
