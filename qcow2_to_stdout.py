@@ -2356,7 +2356,9 @@ def decode_entry(decoder: Any, text: str, position: int) -> Tuple[Any, int]:
 
 
 # Of a dialect: the key of an extent's start, and who tells from an entry and from whether the
-# image has a backing file what the extent holds. None stands for "nothing that counts here".
+# image has a backing file what the extent holds: "data" or "zeros"; with a backing file also
+# "below", what a lower layer of the disk holds, so that it has not changed, and "absent", what
+# none of its layers does. None stands for "nothing that counts here".
 
 
 def _plain_kind(_entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
@@ -2376,8 +2378,10 @@ def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
         raise ValueError
     # What is stored nowhere reads as zeros; one that says otherwise is no such map, but may
     # be a dirty bitmap that was asked for as if it were one.
-    if overlay and (depth or (zero and not present)):
-        return None
+    if overlay and depth:
+        return "below"
+    if overlay and zero and not present:
+        return "absent"
     return "zeros" if zero else "data"
 
 
@@ -2397,11 +2401,11 @@ def _nbdinfo_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
     if description in ("data", "hole", "zero", "hole,zero"):  # base:allocation
         return "zeros" if flags & 2 else "data"
     if description == "absent":  # qemu:allocation-depth: stored nowhere in the chain
-        return None if overlay else "zeros"
+        return "absent" if overlay else "zeros"
     if description == "local":
         return "data"
     if description.startswith("backing depth "):
-        return None if overlay else "data"
+        return "below" if overlay else "data"
     raise ValueError
 
 
@@ -2446,6 +2450,9 @@ def read_layout(
     Raises Error that names the first entry that makes no sense.
     """
     layout = Layout(RangeList(), RangeList())
+    absent = RangeList()
+    held = {"data": layout.data, "zeros": layout.zeros, "absent": absent}
+    has_layers = False
     dialect = only
     for index, entry in enumerate(json_entries(text, what)):
         label = f"{what}: entry {index}"
@@ -2466,9 +2473,14 @@ def read_layout(
                 rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
                 why = ascii(rest)[:80]
             raise Error(f"{label} is not what {dialect.name} writes: {quoted(why)}") from error
-        if kind and length:
-            ranges = layout.data if kind == "data" else layout.zeros
-            ranges.add(start, min(start + length, size))
+        has_layers = has_layers or kind == "below"
+        if kind in held and length:
+            held[kind].add(start, min(start + length, size))
+    # In none of several layers it is as it was when there was one less. But a disk of a single
+    # layer tells what it is, not what has changed: it may have lost what the backing file has.
+    if not has_layers:
+        for start, end in absent:
+            layout.zeros.add(start, end)
     return layout
 
 

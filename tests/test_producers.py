@@ -130,3 +130,33 @@ def test_an_overlay_by_a_dirty_bitmap_from_an_nbd_server(tmp_path: Path) -> None
             full = stream(raw, "--layout", "-", *trust, stdin=layout)
             if layout is not dirty:
                 assert read_image(io.BytesIO(full)).over() == raw.read_bytes()
+
+
+def test_a_disk_of_one_layer_that_has_lost_what_its_backup_has(tmp_path: Path) -> None:
+    """Its map tells what it holds: nothing of it may shine through from the backing file."""
+    needs(shutil.which("nbdinfo") is not None, "nbdinfo (libnbd-bin)")
+    disk, socket = tmp_path / "disk.qcow2", tmp_path / "nbd"
+    shell("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "4M")
+    shell("qemu-img", "snapshot", "-c", "clean", str(disk))
+    shell("qemu-io", "-c", "write -P 1 1M 1M", str(disk))
+    (tmp_path / "monday.qcow2").write_bytes(stream("-f", "qcow2", disk))
+    shell("qemu-img", "snapshot", "-a", "clean", str(disk))
+    shell("qemu-io", "-c", "write -P 2 3M 64k", str(disk))
+    layouts = [shell("qemu-img", "map", "--output=json", str(disk))]
+    server = subprocess.Popen(
+        ["qemu-nbd", "-r", "-t", "-f", "qcow2", "-A", "-k", str(socket), str(disk)]
+    )
+    try:
+        wait_for(socket)
+        url = f"nbd+unix:///?socket={socket}"
+        layouts.append(shell("nbdinfo", "--map=qemu:allocation-depth", "--json", url))
+    finally:
+        server.terminate()
+        server.wait()
+    for layout in layouts:
+        for options in ([], ["--trust-layout"], ["--compat", "0.10"]):
+            overlay = ["-b", "monday.qcow2", "-F", "qcow2", *options]
+            image = stream("-f", "qcow2", disk, "--layout", "-", *overlay, stdin=layout)
+            (tmp_path / "tuesday.qcow2").write_bytes(image)
+            judges.qemu_check(tmp_path / "tuesday.qcow2")
+            shell("qemu-img", "compare", str(disk), str(tmp_path / "tuesday.qcow2"))
