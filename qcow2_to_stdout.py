@@ -263,6 +263,7 @@ _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
+LINUX_SEEK_HOLE = 4  # from fs.h; PyPy takes it, but doesn't name it
 ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one from another
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
@@ -295,8 +296,10 @@ class DiskFile:
             self._refuse_unless_disk(os.stat(path).st_mode)
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._found = file_status(self.fd)
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.is_regular = stat.S_ISREG(self._found.st_mode)
+            if self.is_regular and not is_export:
+                wait_for_write(self.fd)
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
             if stat.S_ISBLK(self._found.st_mode):
                 # What somebody has read of it before may be old by now: a partition's content,
                 # or a mounted file system's, has a memory of its own.
@@ -501,6 +504,22 @@ def file_status(fd: int) -> os.stat_result:
         if libc_call("statx", fd, b"", flags, STATX_BASIC_STATS, bytes(STATX_SIZE)) == 0:
             return os.fstat(fd)
     return status
+
+
+def wait_for_write(fd: int) -> None:
+    """Wait until a write to a regular file, if one is under way, has come to its end.
+
+    The time of a change is told when a write begins: what it changes later would go unnoticed.
+    Linux's file systems lock a file while they write, for whoever asks for its holes (ext4,
+    btrfs, tmpfs) or reads (XFS).
+    """
+    with contextlib.suppress(OSError):
+        position = os.lseek(fd, 0, os.SEEK_CUR)  # others may share it
+        with contextlib.suppress(OSError):
+            os.lseek(fd, 0, LINUX_SEEK_HOLE)
+        os.lseek(fd, position, os.SEEK_SET)
+        if os.major(os.fstat(fd).st_dev):
+            os.pread(fd, 1, 0)
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
@@ -712,6 +731,8 @@ class StreamFile(DiskFile):
             )
         if stat.S_ISBLK(self._found.st_mode):
             super().advise(0, 0, "DONTNEED")  # as of any other device
+        elif stat.S_ISREG(self._found.st_mode):
+            wait_for_write(0)
 
     def close(self) -> None:
         """It is not ours to close."""

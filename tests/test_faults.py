@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -162,6 +163,33 @@ def test_a_file_that_is_changed_while_it_streams(
         with open(disk, "r+b") as file:
             file.write(b"!")
     assert_failed(finish(program), *words)
+
+
+@pytest.mark.parametrize("python", [PYTHON, *filter(None, [shutil.which("pypy3")])])
+def test_a_file_in_the_midst_of_a_write(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk], python: str
+) -> None:
+    """The system tells the time of a change when a write begins, however long that takes."""
+    old, new = (noise(4 * MIB, seed) for seed in (1, 2))
+    disk = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, old)])
+    expected = stream(write_disk(tmp_path / "new.raw", 4 * MIB, [(0, new)]))
+    slow = fuse_disk(tmp_path / "new.raw", latency=0.05)
+    writes_at_once = (
+        "import mmap, os, sys\n"
+        "data = mmap.mmap(os.open(sys.argv[1], os.O_RDONLY), 0, prot=mmap.PROT_READ)\n"
+        "os.write(os.open(sys.argv[2], os.O_WRONLY), data)\n"
+    )
+    since = disk.stat().st_mtime_ns
+    words = [sys.executable, "-c", writes_at_once, str(slow.path), str(disk)]
+    with subprocess.Popen(words) as writer:
+        while disk.stat().st_mtime_ns == since:
+            time.sleep(0.001)
+        with open(disk, "rb") as opened:
+            program = start("-", "--size", "4M", stdin=opened, python=python)
+            assert writer.poll() is None, "it is no longer at work"
+            result = finish(program)
+    assert (result.status, result.stderr) == (0, "")
+    assert result.stdout == expected
 
 
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite"])
