@@ -529,6 +529,40 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
     return (status.st_dev, status.st_ino)
 
 
+UNTOLD = (  # what a look at the system meets where that does not tell something, or not us
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESRCH,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTCONN,
+    errno.ESTALE,
+)
+
+
+@contextlib.contextmanager
+def suppress_untold() -> Iterator[None]:
+    """Leave it where the system doesn't tell something, or not us.
+
+    Raises Error where it could, but not just now, as with too few descriptors: what guards
+    somebody's disk must not go blind by that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNTOLD:
+            what = quoted(error.filename) if isinstance(error.filename, str) else "a disk"
+            raise Error(f"cannot look at {what}: {reason(error)}") from error
+
+
 def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterator[Tuple[int, ...]]:
     """The identities of a file or device and of all that it lies on, on Linux.
 
@@ -547,12 +581,15 @@ def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterato
     if shown != identity:
         yield from layers_below(shown)
     folder = os.path.realpath(_sys_folder(identity[0]))
-    below = [os.path.dirname(folder)] if os.path.exists(os.path.join(folder, "partition")) else []
-    with contextlib.suppress(OSError):
+    below = []
+    with suppress_untold():
+        os.stat(os.path.join(folder, "partition"))
+        below.append(os.path.dirname(folder))
+    with suppress_untold():
         slaves = os.path.join(folder, "slaves")
         below += [os.path.join(slaves, name) for name in os.listdir(slaves)]
     for each in below:
-        with contextlib.suppress(OSError), open(os.path.join(each, "dev")) as file:
+        with suppress_untold(), open(os.path.join(each, "dev")) as file:
             major, minor = map(int, file.read().split(":"))
             yield from layers_below((os.makedev(major, minor),))
 
@@ -575,19 +612,19 @@ def shown_by_loop(identity: Tuple[int, ...], fd: Optional[int] = None) -> Tuple[
     folder = _sys_folder(identity[0])
     device = None
     try:
-        if fd is None:
-            name = os.path.basename(os.path.realpath(folder))
-            fd = device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        answer = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
-        place, inode, number = struct.unpack_from("QQQ", answer)  # number: if it is a device
-        return (place, inode) if number in (0, place) else (number,)
-    except OSError:  # no loop device, or not for us
-        with contextlib.suppress(OSError), open(f"{folder}/loop/backing_file", "rb") as file:
-            return file_identity(os.stat(file.read().rstrip(b"\n")))
-        return identity
+        with suppress_untold():  # no loop device, or not for us
+            if fd is None:
+                name = os.path.basename(os.path.realpath(folder))
+                fd = device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            answer = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
+            place, inode, number = struct.unpack_from("QQQ", answer)  # number: if it is a device
+            return (place, inode) if number in (0, place) else (number,)
     finally:
         if device is not None:
             os.close(device)
+    with suppress_untold(), open(f"{folder}/loop/backing_file", "rb") as file:
+        return file_identity(os.stat(file.read().rstrip(b"\n")))
+    return identity
 
 
 def tells_of_devices() -> bool:
@@ -1535,11 +1572,11 @@ class Export:
         """What the daemon reads itself, whatever the image consists of, opened here as well."""
         process = f"/proc/{self._daemon.pid}"
         names = []  # type: List[str]
-        with contextlib.suppress(OSError):
+        with suppress_untold():
             names = os.listdir(f"{process}/fd") if tells_of_processes() else []
         for name in names:
             path = f"{process}/fd/{name}"
-            with contextlib.suppress(OSError, ValueError):  # closed since
+            with suppress_untold(), contextlib.suppress(ValueError):  # closed since
                 mode = os.stat(path).st_mode
                 with open(f"{process}/fdinfo/{name}") as info:
                     flags = dict(line.split(":", 1) for line in info)["flags"]
@@ -2723,7 +2760,7 @@ def files_below(name: str, folder: str) -> Iterator[str]:
     names, seen = [(name, folder)], []  # type: List[Tuple[str, str]], List[str]
     while names:
         for path in paths_in_name(*names.pop()):
-            with contextlib.suppress(OSError, ValueError, OverflowError, struct.error):
+            with suppress_untold(), contextlib.suppress(ValueError, OverflowError, struct.error):
                 kind = stat.S_IFMT(os.stat(path).st_mode)
                 if path in seen or kind not in (stat.S_IFREG, stat.S_IFBLK):
                     continue
@@ -2844,7 +2881,7 @@ class Output:
         end = os.lseek(self.fd, 0, os.SEEK_CUR)
         is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
         if is_whole:
-            with contextlib.suppress(OSError), open(f"/proc/self/fd/{self.fd}", "rb") as file:
+            with suppress_untold(), open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(self._start)
                 is_whole = file.read(len(self._head)) == self._head
         if not is_whole:
@@ -2879,7 +2916,7 @@ class Output:
         absolute name leads anywhere.
         """
         path = os.path.join(self._folder(), backing_file)
-        with contextlib.suppress(OSError, ValueError):
+        with suppress_untold(), contextlib.suppress(ValueError):
             if os.path.isabs(path) and stat.S_ISREG(os.stat(path).st_mode):
                 with open(path, "rb") as file:
                     if file.read(len(MAGIC)) == MAGIC:
@@ -2891,7 +2928,7 @@ class Output:
 
     def _folder(self) -> str:
         """Where the image will lie, if it goes into a file or a device and Linux tells."""
-        with contextlib.suppress(OSError):  # no /proc
+        with suppress_untold():  # no /proc
             return os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
         return ""
 

@@ -1,5 +1,6 @@
 """What can't be done is refused before the first byte, with one line that helps."""
 
+import errno
 import functools
 import os
 import pty
@@ -236,6 +237,34 @@ def mounted(tmp_path: Path, loop_device: Callable[..., str]) -> Iterator[Tuple[s
     subprocess.run(["mount", device, str(folder)], check=True)
     yield device, folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "EIO"])
+def test_an_output_of_which_just_now_nobody_can_say_what_lies_on_it(
+    mounted: Tuple[str, Path], error: str
+) -> None:
+    device, folder = mounted
+    raw = write_disk(folder / "disk.raw", 4096)
+    shown = Path("/sys/class/block") / Path(device).name / "loop/backing_file"
+    paths = [device, str(shown.resolve()), str(shown.resolve().parents[1] / "slaves")]
+    image = Path(shown.read_text().strip())
+    before = image.read_bytes()
+    words = ["strace", "-f", "-o", "/dev/null", "-e", f"inject=openat:error={error}"]
+    words += [word for path in paths for word in ("-P", path)]
+    with open(image, "r+b") as out:
+        done = subprocess.run(
+            [*words, *map(str, command(raw))],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert_refused(
+        Result(done.returncode, b"", done.stderr),
+        "cannot look at",
+        os.strerror(getattr(errno, error)),
+    )
+    assert image.read_bytes() == before
 
 
 @pytest.mark.parametrize("below", ["device", "file-system"])
