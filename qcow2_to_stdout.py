@@ -1711,6 +1711,8 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     for member, file in zip(chain, files):
         if file and member["format"] == "qcow2":
             refuse_if_tables_are_missing(file)
+        elif file and member["format"] == "vhdx" and file.size % SECTOR_SIZE:
+            raise file.ended_early(file.size)  # QEMU sees all else that is missing
     places = [
         place_of_data(member, file, open_file, image.is_options)
         for member, file in zip(chain, files)
@@ -2848,10 +2850,31 @@ class Output:
                 )
             if not is_text:
                 self._grow_pipe()
-        elif stat.S_ISREG(self._status.st_mode) and not is_text:
-            self._claim_file()
         if not is_stream:  # a reader with a short buffer loses the end of each packet
             raise Error("standard output is a pipe or a socket of packets; give it a stream")
+
+    def claim(self) -> None:
+        """Have a regular file or a block device for this run alone, where the system can do that.
+
+        Raises Error if another run has it, or if a device is mounted or part of a volume.
+        """
+        if stat.S_ISREG(self._status.st_mode):
+            self._claim_file()
+        elif self._is_block_device and sys.platform.startswith("linux"):
+            self._claim_device()
+
+    def _claim_device(self) -> None:
+        """Open a block device as a mount does. It stays open, and so claimed, to the end."""
+        with suppress_untold():  # no /proc, or no right to read
+            try:
+                os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                raise Error(
+                    "standard output is a device in use: it is mounted, part of a volume, or "
+                    "another run is writing to it; write the image elsewhere"
+                ) from error
 
     def _claim_file(self) -> None:
         """Lock a regular file, so that no second run of this program writes into it."""
@@ -4006,6 +4029,8 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
         output.refuse_if_named(options.backing_file)
         if options.backing_format == "qcow2":
             output.refuse_if_no_image(options.backing_file)
+    if not options.measure:
+        output.claim()
 
     cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
     geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)

@@ -293,6 +293,28 @@ def write_and_disturb(disk: Path, image: Path, how: str) -> None:
     assert_failed(Result(program.returncode, b"", stderr), "somebody else", "a name of its own")
 
 
+def test_a_device_into_which_a_second_run_writes(
+    disk: Path, tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    device = loop_device(write_disk(tmp_path / "target", 16 << 20))
+    content = disk.read_bytes()
+    with open(device, "r+b") as out, open(device, "r+b") as other:
+        program = subprocess.Popen(
+            command("-", "--size", str(len(content))), stdin=subprocess.PIPE, stdout=out
+        )
+        assert program.stdin is not None
+        program.stdin.write(content[: len(content) // 2])  # more than a pipe takes: it is at work
+        program.stdin.flush()
+        second = subprocess.run(command(disk), stdout=other, stderr=subprocess.PIPE, check=False)
+        refused = Result(second.returncode, b"", second.stderr.decode())
+        assert_refused(refused, "a device in use")
+        program.communicate(content[len(content) // 2 :])
+        assert program.returncode == 0
+        subprocess.run(command(disk), stdout=other, check=True)  # one after the other
+    expected = stream(disk)
+    assert (tmp_path / "target").read_bytes()[: len(expected)] == expected
+
+
 def test_a_file_that_is_read_or_written_one_after_the_other(disk: Path, tmp_path: Path) -> None:
     """The claim ends with the run, even where its descriptor lives on, and is no other's lock."""
     with open(tmp_path / "image", "wb") as kept:

@@ -287,6 +287,18 @@ def test_an_output_on_the_other_side_of_a_file_system(
         subprocess.run(command(disk), stdout=out, check=True)
 
 
+def test_an_output_that_is_mounted(mounted: Tuple[str, Path], disk: Path, tmp_path: Path) -> None:
+    """Nothing that is read lies on it, but somebody's files do."""
+    device, _ = mounted
+    before = (tmp_path / "file-system").read_bytes()
+    with open(device, "r+b") as out:
+        done = subprocess.run(
+            command(disk), stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert_refused(Result(done.returncode, b"", done.stderr), "a device in use", "mounted")
+    assert (tmp_path / "file-system").read_bytes() == before
+
+
 def test_a_fifo_that_is_opened_for_reading_as_well(disk: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with open(os.open(tmp_path / "fifo", os.O_RDWR), "wb") as out:
