@@ -1309,6 +1309,20 @@ def refuse_if_tables_are_missing(file: DiskFile) -> None:
         raise file.ended_early(file.size)
 
 
+def refuse_if_differencing(file: DiskFile) -> None:
+    """Raise Error if a VHD holds only what differs from its parent, which QEMU knows nothing of.
+
+    Such as the newest VHD of a disk that XenServer or Hyper-V has taken a snapshot of.
+    """
+    footer = bytearray(min(SECTOR_SIZE, file.size))  # "Hard Disk Footer Format": a copy comes first
+    file.read_into(memoryview(footer), 0)
+    if footer.startswith(b"conectix") and footer[60:64] == b"\0\0\0\4":
+        raise Error(
+            f"{quoted(file.name)} is a differencing VHD, and QEMU would read zeros where its parent "
+            "has data; merge them first, or export the device that XenServer or Hyper-V makes of them"
+        )
+
+
 def read_map(
     image: ImageName, size: int, places: List[Place]
 ) -> Generator[Dict[str, Any], None, None]:
@@ -1713,6 +1727,8 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
             refuse_if_tables_are_missing(file)
         elif file and member["format"] == "vhdx" and file.size % SECTOR_SIZE:
             raise file.ended_early(file.size)  # QEMU sees all else that is missing
+        elif file and member["format"] == "vpc":
+            refuse_if_differencing(file)
     places = [
         place_of_data(member, file, open_file, image.is_options)
         for member, file in zip(chain, files)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -525,6 +526,26 @@ def test_a_truncated_image_of_another_format(tmp_path: Path, form: str) -> None:
             continue
         by_us = left % SECTOR_SIZE or form not in ("qed", "vpc", "vhdx")  # else by QEMU
         assert_refused(run("-f", form, image), "is truncated" if by_us else "a.")
+
+
+@pytest.mark.parametrize("way", ["-f", "--image-opts", "below"])
+def test_a_vhd_that_holds_a_difference(tmp_path: Path, way: str) -> None:
+    """QEMU takes it for a whole disk: its parent's name stands in a place that it never reads."""
+    image = tmp_path / "a.vhd"
+    raw = write_disk(tmp_path / "a.raw", 4 * MIB, [(0, noise(MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vpc", raw, image)
+    content = bytearray(image.read_bytes())
+    for footer in (0, len(content) - SECTOR_SIZE):
+        content[footer + 63] = 4  # its type was 3, dynamic
+        checksum = struct.unpack_from(">I", content, footer + 64)[0]  # of the complement's bytes
+        struct.pack_into(">I", content, footer + 64, checksum - 1)
+    image.write_bytes(content)
+    words = ["-f", "vpc", str(image)]
+    if way == "--image-opts":
+        words = ["--image-opts", f"driver=vpc,file.driver=file,file.filename={image}"]
+    elif way == "below":
+        words = ["-f", "qcow2", str(overlay(tmp_path / "top.qcow2", image, "vpc"))]
+    assert_refused(run(*words), "a.vhd", "a differencing VHD")
 
 
 def test_a_truncated_data_file(tmp_path: Path) -> None:
