@@ -1068,6 +1068,8 @@ PACKAGES = {  # of Debian, of Fedora
     "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
 }
 FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
+VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
+MAX_VMDK_DESCRIPTOR = 20 << 20  # bytes; QEMU reads no more either
 QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
 SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
 END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
@@ -1309,17 +1311,74 @@ def refuse_if_tables_are_missing(file: DiskFile) -> None:
         raise file.ended_early(file.size)
 
 
-def refuse_if_differencing(file: DiskFile) -> None:
-    """Raise Error if a VHD holds only what differs from its parent, which QEMU knows nothing of.
+def refuse_if_more_than_qemu_reads(
+    file: DiskFile, member: Dict[str, Any], has_parent: bool
+) -> None:
+    """Raise Error if QEMU takes an image for a smaller or an emptier disk than it is.
 
-    Such as the newest VHD of a disk that XenServer or Hyper-V has taken a snapshot of.
+    member      what qemu-img says of it
+    has_parent  QEMU has found an image below it
     """
-    footer = bytearray(min(SECTOR_SIZE, file.size))  # "Hard Disk Footer Format": a copy comes first
-    file.read_into(memoryview(footer), 0)
-    if footer.startswith(b"conectix") and footer[60:64] == b"\0\0\0\4":
+    kind, size = member["format"], member["virtual-size"]
+    if kind == "qcow2":
+        refuse_if_tables_are_missing(file)
+    elif kind == "vhdx" and file.size % SECTOR_SIZE:
+        raise file.ended_early(file.size)  # QEMU sees all else that is missing
+    elif kind == "vpc":
+        refuse_if_vhd_is_more(file, size)
+    elif kind == "vmdk":
+        details = member.get("format-specific", {}).get("data", {})
+        refuse_if_vmdk_is_more(file, size, details.get("parent-cid"), has_parent)
+
+
+def refuse_if_vhd_is_more(file: DiskFile, size: int) -> None:
+    """The same of a VHD.
+
+    QEMU knows of no parents, such as those that XenServer's and Hyper-V's snapshots have; and
+    unless it knows the program that has made the image, it takes the size from the geometry.
+    """
+    footer = bytearray(SECTOR_SIZE)
+    for offset in (0, file.size - SECTOR_SIZE):  # where it has a copy at the beginning, there
+        if offset >= 0 and not footer.startswith(b"conectix"):
+            file.read_into(memoryview(footer), offset)
+    creator, current_size, kind = struct.unpack(">28x4s16xQ4xI448x", footer)
+    if kind == 4:
         raise Error(
-            f"{quoted(file.name)} is a differencing VHD, and QEMU would read zeros where its parent "
-            "has data; merge them first, or export the device that XenServer or Hyper-V makes of them"
+            f"{quoted(file.name)} is a differencing VHD, and QEMU would read zeros where its "
+            "parent has data; merge them first, or export the device that XenServer or Hyper-V "
+            "makes of them"
+        )
+    if current_size > size and creator not in (b"vpc ", b"qemu"):
+        raise Error(
+            f"{quoted(file.name)} has a disk of {current_size} bytes, of which QEMU would read "
+            f"{size}; convert it to another format with the program that made it"
+        )
+
+
+def refuse_if_vmdk_is_more(
+    file: DiskFile, size: int, parent: Optional[int], has_parent: bool
+) -> None:
+    """The same of a VMDK: QEMU finds a parent by its file's name alone, and not every extent.
+
+    parent  the parent's content ID, or what stands for none
+    """
+    if parent not in (None, VMDK_NO_PARENT) and not has_parent:
+        raise Error(
+            f"{quoted(file.name)} is a differencing VMDK that does not name its parent's file, and "
+            "QEMU would read zeros where that has data; merge them first"
+        )
+    magic = bytearray(min(file.size, 4))
+    file.read_into(memoryview(magic), 0)
+    if bytes(magic) in (b"KDMV", b"COWD"):  # an extent, with its descriptor inside
+        return
+    text = bytearray(min(file.size, MAX_VMDK_DESCRIPTOR))
+    file.read_into(memoryview(text), 0)
+    extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", text, re.MULTILINE)
+    whole = sum(map(int, extents)) * SECTOR_SIZE
+    if whole != size:
+        raise Error(
+            f"{quoted(file.name)} has extents of {whole} bytes, which QEMU would read as {size}: "
+            "it skips one that is not RW, or takes one behind an empty line twice"
         )
 
 
@@ -1722,13 +1781,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     files = member_files(chain, image, open_file)
     if len(chain) > 1 and backing_chain(image) != chain:  # what is opened is no more that chain
         raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
-    for member, file in zip(chain, files):
-        if file and member["format"] == "qcow2":
-            refuse_if_tables_are_missing(file)
-        elif file and member["format"] == "vhdx" and file.size % SECTOR_SIZE:
-            raise file.ended_early(file.size)  # QEMU sees all else that is missing
-        elif file and member["format"] == "vpc":
-            refuse_if_differencing(file)
+    for depth, (member, file) in enumerate(zip(chain, files)):
+        if file:
+            refuse_if_more_than_qemu_reads(file, member, has_parent=depth + 1 < len(chain))
     places = [
         place_of_data(member, file, open_file, image.is_options)
         for member, file in zip(chain, files)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import time
@@ -528,24 +529,85 @@ def test_a_truncated_image_of_another_format(tmp_path: Path, form: str) -> None:
         assert_refused(run("-f", form, image), "is truncated" if by_us else "a.")
 
 
+def patch_vhd(image: Path, **fields: Any) -> None:
+    """Set fields of a VHD's footer and of its copy, as their names say, and the checksum."""
+    content = bytearray(image.read_bytes())
+    places = {"creator": (28, ">4s"), "current_size": (48, ">Q"), "kind": (60, ">I")}
+    ends = (0, len(content) - SECTOR_SIZE)
+    for footer in (end for end in ends if content[end : end + 8] == b"conectix"):
+        for name, value in fields.items():
+            offset, code = places[name]
+            struct.pack_into(code, content, footer + offset, value)
+        struct.pack_into(">I", content, footer + 64, 0)
+        checksum = ~sum(content[footer : footer + SECTOR_SIZE]) & 0xFFFFFFFF
+        struct.pack_into(">I", content, footer + 64, checksum)
+    image.write_bytes(content)
+
+
 @pytest.mark.parametrize("way", ["-f", "--image-opts", "below"])
 def test_a_vhd_that_holds_a_difference(tmp_path: Path, way: str) -> None:
     """QEMU takes it for a whole disk: its parent's name stands in a place that it never reads."""
     image = tmp_path / "a.vhd"
     raw = write_disk(tmp_path / "a.raw", 4 * MIB, [(0, noise(MIB))])
     shell("qemu-img", "convert", "-f", "raw", "-O", "vpc", raw, image)
-    content = bytearray(image.read_bytes())
-    for footer in (0, len(content) - SECTOR_SIZE):
-        content[footer + 63] = 4  # its type was 3, dynamic
-        checksum = struct.unpack_from(">I", content, footer + 64)[0]  # of the complement's bytes
-        struct.pack_into(">I", content, footer + 64, checksum - 1)
-    image.write_bytes(content)
+    patch_vhd(image, kind=4)
     words = ["-f", "vpc", str(image)]
     if way == "--image-opts":
         words = ["--image-opts", f"driver=vpc,file.driver=file,file.filename={image}"]
     elif way == "below":
         words = ["-f", "qcow2", str(overlay(tmp_path / "top.qcow2", image, "vpc"))]
     assert_refused(run(*words), "a.vhd", "a differencing VHD")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "fixed"])
+def test_a_vhd_of_which_qemu_would_not_read_the_end(tmp_path: Path, kind: str) -> None:
+    """Of programs that it doesn't know, it takes a disk's size from cylinders and heads."""
+    image = tmp_path / "a.vhd"
+    raw = write_disk(tmp_path / "a.raw", 4 * MIB, [(0, noise(MIB))])
+    shell("qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", f"subformat={kind}", raw, image)
+    for creator in (b"vbox", b"win "):
+        patch_vhd(image, creator=creator)
+        stream("-f", "vpc", image)
+    patch_vhd(image, creator=b"vbox", current_size=100 * MIB)
+    assert_refused(run("-f", "vpc", image), "a.vhd", "104857600 bytes")
+
+
+def test_a_vmdk_whose_parent_has_no_name(tmp_path: Path) -> None:
+    """VirtualBox knows a parent by its UUID; QEMU by its file's name alone."""
+    base = create(tmp_path / "base.vmdk", "4M", form="vmdk")
+    write(base, "write -P 1 1M 1M", form="vmdk")
+    image = tmp_path / "a.vmdk"
+    shell("qemu-img", "create", "-q", "-f", "vmdk", "-b", base, "-F", "vmdk", image)
+    assert stream("-f", "vmdk", image) == stream("-f", "vmdk", base)
+    content = image.read_bytes()
+    (hint,) = re.findall(rb'parentFileNameHint="[^"]*"\n', content)
+    image.write_bytes(content.replace(hint, b"#".ljust(len(hint) - 1) + b"\n"))
+    assert_refused(run("-f", "vmdk", image), "a.vmdk", "a differencing VMDK")
+
+
+@pytest.mark.parametrize(
+    "line, size",
+    [
+        ("RW 2048 ZERO", 3 * MIB),
+        ('RDONLY 2048 FLAT "b" 0', 3 * MIB),
+        ("NOACCESS 2048 ZERO", 3 * MIB),
+        ("", 2 * MIB),
+    ],
+)
+def test_a_vmdk_of_which_qemu_skips_or_repeats_an_extent(
+    tmp_path: Path, line: str, size: int
+) -> None:
+    """What comes behind it would lie elsewhere."""
+    for name in "ab":
+        write_disk(tmp_path / name, MIB, [(0, noise(MIB))])
+    image = tmp_path / "d.vmdk"
+    head = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n"
+    head += 'createType="twoGbMaxExtentFlat"\n# Extent description'
+    extents = ['RW 2048 FLAT "a" 0', 'RW 2048 FLAT "b" 0']
+    image.write_text("\n".join([head, *extents, ""]))
+    stream("-f", "vmdk", image)
+    image.write_text("\n".join([head, extents[0], line, extents[1], ""]))
+    assert_refused(run("-f", "vmdk", image), "d.vmdk", f"extents of {size} bytes")
 
 
 def test_a_truncated_data_file(tmp_path: Path) -> None:

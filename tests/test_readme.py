@@ -90,10 +90,11 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     """
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
+    (tmp_path / "there").mkdir()  # not the home of whoever runs this
     words = ssh_host.rsplit(" ", 1)[0].split(" ", 1)[1]
     (bin_folder / "ssh").write_text(  # the host's name is all that differs from a real one
         f'#!/bin/bash\n[ "$1" != -n ] || {{ n=-n; shift; }}\n'
-        f'shift; exec /usr/bin/ssh $n {words} root@127.0.0.1 "$@"\n'
+        f'shift; exec /usr/bin/ssh $n {words} root@127.0.0.1 "cd {tmp_path}/there && $*"\n'
     )
     (bin_folder / "ssh").chmod(0o755)
     env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}",
@@ -142,6 +143,7 @@ def test_the_plain_commands(desk: Callable[..., None], tmp_path: Path, url: str)
         words = [*compare, str(tmp_path / f"{raw}.disk"), str(tmp_path / f"{name}.qcow2")]
         subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
     assert (tmp_path / "restored.disk").read_bytes() == (tmp_path / "tuesday.disk").read_bytes()
+    judges.qemu_compare(tmp_path / "vm.disk", tmp_path / "there/vm.qcow2")
     assert (tmp_path / "vm.raw").read_bytes() == (tmp_path / "vm.disk").read_bytes()
     assert Upload.taken["/readme.qcow2"][:4] == b"QFI\xfb"
     (upload,) = (block for block in PLAIN if block.title == "Uploads")
