@@ -1287,8 +1287,8 @@ def place_of_data(
     return files[0], align_up(files[0].size, SECTOR_SIZE if is_raw else 1)
 
 
-def refuse_if_tables_are_missing(file: DiskFile) -> None:
-    """Raise Error if a qcow2 image ends before its L1 or one of its L2 tables.
+def refuse_if_tables_are_missing(file: DiskFile, version: int) -> None:
+    """Raise Error if a qcow or qcow2 image ends before its L1 or one of its L2 tables.
 
     QEMU would take what is missing for zeros, so for clusters that were never written.
     """
@@ -1296,8 +1296,13 @@ def refuse_if_tables_are_missing(file: DiskFile) -> None:
     if file.size < len(header):
         return
     file.read_into(memoryview(header), 0)
-    cluster_bits, l1_size, l1_offset = struct.unpack(">20xI12xIQ", header)
-    if header[:4] != MAGIC or l1_size * ENTRY_SIZE > MAX_L1_BYTES or cluster_bits > 21:
+    if version == 1:
+        size, cluster_bits, l2_bits, l1_offset = struct.unpack(">24xQBB6xQ", header)
+        l1_size = div_up(size, 1 << (cluster_bits + l2_bits))
+    else:
+        cluster_bits, l1_size, l1_offset = struct.unpack(">20xI12xIQ", header)
+        l2_bits = cluster_bits - 3
+    if header[:4] != MAGIC or l1_size * ENTRY_SIZE > MAX_L1_BYTES or not 0 < l2_bits < 22:
         return  # QEMU says what is wrong with it
     if l1_offset + l1_size * ENTRY_SIZE > file.size:
         raise file.ended_early(file.size)
@@ -1307,7 +1312,7 @@ def refuse_if_tables_are_missing(file: DiskFile) -> None:
     if sys.byteorder == "little":
         entries.byteswap()
     last = max((entry & OFFSET_MASK for entry in entries), default=0)
-    if last and last + (1 << cluster_bits) > file.size:
+    if last and last + (ENTRY_SIZE << l2_bits) > file.size:
         raise file.ended_early(file.size)
 
 
@@ -1320,8 +1325,8 @@ def refuse_if_more_than_qemu_reads(
     has_parent  QEMU has found an image below it
     """
     kind, size = member["format"], member["virtual-size"]
-    if kind == "qcow2":
-        refuse_if_tables_are_missing(file)
+    if kind in ("qcow2", "qcow"):
+        refuse_if_tables_are_missing(file, version=1 if kind == "qcow" else 2)
     elif kind == "vhdx" and file.size % SECTOR_SIZE:
         raise file.ended_early(file.size)  # QEMU sees all else that is missing
     elif kind == "vpc":
@@ -2812,8 +2817,8 @@ def is_local_socket(fd: int) -> bool:
         )
 
 
-def is_fuse(device: int) -> bool:
-    """Whether the file system with this number is a program's, as far as Linux tells."""
+def file_system(device: int) -> str:
+    """The kind of the file system with this number, such as "ext4"; empty if nobody tells."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError, LookupError, ValueError), open(
         "/proc/self/mountinfo", "rb"
@@ -2821,8 +2826,8 @@ def is_fuse(device: int) -> bool:
         for line in mounts.read().decode("latin-1").splitlines():
             about_place, about_kind = line.split(" - ", 1)
             if about_place.split()[2] == number:
-                return about_kind.startswith("fuse")
-    return False
+                return about_kind.split()[0]
+    return ""
 
 
 def files_below(name: str, folder: str) -> Iterator[str]:
@@ -2888,6 +2893,7 @@ class Output:
         self._can_sendfile = hasattr(os, "sendfile")
         self._head = b""  # of a file: its first bytes
         self._start = None  # type: Optional[int]  # … and where they are, if that can be asked
+        self._has_no_holes = False  # nor will it, whatever is written
         try:
             self._status = os.fstat(fd)
         except OSError as error:
@@ -2961,7 +2967,10 @@ class Output:
         except OSError:  # not on this file system
             pass
         is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
-        if not is_fuse(self._status.st_dev):  # a program may tell nothing until all is there
+        kind = file_system(self._status.st_dev)
+        # Others may take zeros for holes.
+        self._has_no_holes = os.major(self._status.st_dev) > 0 or kind in ("btrfs", "tmpfs")
+        if not kind.startswith("fuse"):  # a program may tell nothing until all is there
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
 
@@ -2978,11 +2987,25 @@ class Output:
             with suppress_untold(), open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(self._start)
                 is_whole = file.read(len(self._head)) == self._head
+            is_whole = is_whole and self._first_hole(end) >= end
         if not is_whole:
             raise Error(
                 "standard output is a file to which somebody else has written at the same time, "
                 "and the image is not whole; give it a name of its own"
             )
+
+    def _first_hole(self, end: int) -> int:
+        """Where in a regular file, before its end, nothing is stored, as far as the system tells.
+
+        What is written is stored, zeros too: a hole has been made by somebody else.
+        """
+        if self._has_no_holes and sys.platform.startswith("linux"):
+            with suppress_untold():
+                try:
+                    return os.lseek(self.fd, self._start or 0, LINUX_SEEK_HOLE)
+                finally:
+                    os.lseek(self.fd, end, os.SEEK_SET)
+        return end
 
     def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
         """Raise Error if the output would overwrite one of the disks that are read."""

@@ -249,7 +249,7 @@ def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> N
     assert done.stdout == run(raw).stdout
 
 
-@pytest.mark.parametrize("how", ["a second run", "emptied", "appended to"])
+@pytest.mark.parametrize("how", ["a second run", "emptied", "begun anew", "cut", "appended to"])
 @pytest.mark.parametrize("where", ["disk", "tmpfs"])
 def test_a_file_into_which_somebody_else_writes(
     disk: Path, tmp_path: Path, how: str, where: str
@@ -280,8 +280,13 @@ def write_and_disturb(disk: Path, image: Path, how: str) -> None:
     while image.stat().st_size < len(content) // 4:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with open(image, mode) as other:
-        if how == "a second run":
+    head = image.read_bytes()[:100_000]
+    with open(image, "r+b" if how == "cut" else mode) as other:
+        if how == "begun anew":  # by a program that writes the same, and dies
+            other.write(head)
+        elif how == "cut":
+            other.truncate(len(head))
+        elif how == "a second run":
             second = subprocess.run(
                 command(disk), stdout=other, stderr=subprocess.PIPE, check=False
             )

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, NamedTuple
 
 import pytest
 from conftest import needs
+from support import judges
 from support.ceph import Cluster
 from support.disks import noise, write_disk
 from support.program import ROOT, TIMEOUT
