@@ -1662,6 +1662,24 @@ class Export:
                 if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
                     yield DiskFile(path, os.readlink(path))
 
+    def forget_mounts(self) -> None:
+        """Take away the mounts that the daemon has as its own, now that it has opened all.
+
+        They are copies of the system's. Where these are not shared, whoever unmounts one would
+        leave the copy: its device would be in use until the daemon ends.
+        """
+        space = f"/proc/{self._daemon.pid}/ns/mnt"
+        try:
+            if not tells_of_processes() or os.readlink(space) == os.readlink("/proc/self/ns/mnt"):
+                return
+            import subprocess
+
+            libc_call("getpid")  # has the library loaded now: a child had better not
+            with open(space) as opened:
+                subprocess.call([b"true"], preexec_fn=lambda: detach_mounts(opened.fileno()))
+        except (OSError, subprocess.SubprocessError):  # not here
+            pass
+
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
         if not wait_for(stdout.fileno(), "POLLIN", QEMU_PATIENCE):
@@ -1761,6 +1779,20 @@ def prepare_daemon(parent: int, may_be_alone: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def detach_mounts(space: int) -> None:
+    """In a child, which ends here: detach all mounts but the first of a name space of mounts."""
+    try:
+        if libc_call("setns", space, CLONE_NEWNS) == 0:
+            with open("/proc/self/mountinfo", "rb") as mounts:
+                places = [line.split()[4] for line in mounts]
+            for place in reversed(places):
+                octal = re.sub(rb"\\(\d{3})", lambda code: bytes((int(code.group(1), 8),)), place)
+                if octal != b"/":
+                    libc_call("umount2", octal, MNT_DETACH)
+    finally:
+        os._exit(0)
+
+
 def tells_of_processes() -> bool:
     """Whether /proc is that of our own process numbers: not so in some containers."""
     try:
@@ -1830,6 +1862,7 @@ def open_export(
             for each in export.held_files():
                 resources.callback(each.close)
                 held.append(each)
+            export.forget_mounts()
             if file.size != size:  # nobody watches a remote disk
                 break
             if known.issuperset(each.identity for each in held[found:]):

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -121,3 +121,16 @@ def dense_vmdk(tmp_path: Path) -> Path:
     raw = write_disk(tmp_path / "raw", 8 << 20, [(0, noise(8 << 20))])
     shell("qemu-img", "convert", "-f", "raw", "-O", "vmdk", raw, tmp_path / "a.vmdk")
     return tmp_path / "a.vmdk"
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, loop_device: Callable[..., str]) -> Iterator[Tuple[str, Path]]:
+    """A device, and the folder where the file system on it is mounted."""
+    needs(shutil.which("mkfs.ext4") is not None, "mkfs.ext4 (e2fsprogs)")
+    device = loop_device(write_disk(tmp_path / "file-system", 16 << 20))
+    subprocess.run(["mkfs.ext4", "-q", device], check=True)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    subprocess.run(["mount", device, str(folder)], check=True)
+    yield device, folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -226,19 +226,6 @@ def test_a_device_of_which_nobody_tells_what_it_is_part_of(
         assert not any(written.read())
 
 
-@pytest.fixture
-def mounted(tmp_path: Path, loop_device: Callable[..., str]) -> Iterator[Tuple[str, Path]]:
-    """A device, and the folder where the file system on it is mounted."""
-    needs(shutil.which("mkfs.ext4") is not None, "mkfs.ext4 (e2fsprogs)")
-    device = loop_device(write_disk(tmp_path / "file-system", 16 << 20))
-    subprocess.run(["mkfs.ext4", "-q", device], check=True)
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    subprocess.run(["mount", device, str(folder)], check=True)
-    yield device, folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "EIO"])
 def test_an_output_of_which_just_now_nobody_can_say_what_lies_on_it(
     mounted: Tuple[str, Path], error: str
