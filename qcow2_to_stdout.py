@@ -963,9 +963,15 @@ class Ticket:
             self._error = error
         self._done.release()
 
+    def is_done(self, seconds: float) -> bool:
+        """Wait for the work, but no longer."""
+        is_done = self._done.acquire(timeout=seconds)
+        if is_done:
+            self._done.release()
+        return is_done
+
     def result(self) -> Any:
-        """Wait for the work. Raises what it raised."""
-        self._done.acquire()
+        """What the work has resulted in, once it is done. Raises what it raised."""
         if self._error is not None:
             raise self._error
         return self._value
@@ -974,19 +980,26 @@ class Ticket:
 def start_thread(work: Callable[[], Any]) -> Any:
     """Start a thread that never keeps the program alive. Raises Error if there is none.
 
-    Signals that end the program are for the main thread, which may have blocked them.
+    Signals that end the program are for the main thread, which may have blocked them. Returns a
+    lock that the thread holds while it is at work. (threading's own start() would wait for ever
+    for one that finds no memory to begin with.)
     """
-    import threading
+    import _thread
 
-    thread = threading.Thread(target=work, daemon=True)
+    at_work = _thread.allocate_lock()
+
+    def run() -> None:
+        with at_work:
+            work()
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
-        thread.start()
+        _thread.start_new_thread(run, ())
     except RuntimeError as error:  # a limit of the system's
         raise Error(f"too little of what a thread needs: {error}") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return thread
+    return at_work
 
 
 @contextlib.contextmanager
@@ -1020,7 +1033,7 @@ class Readers:
         self.count = count
         self.scratch = Scratch(bytearray(), bytearray())  # the main thread's
         self.experience = Experience()
-        self._threads = 0
+        self._threads = []  # type: List[Any]  # the locks that they hold
         self._submitted = 0
         self._queue = None  # type: Any
 
@@ -1041,18 +1054,29 @@ class Readers:
 
             self._queue = queue.Queue()
         self._queue.put(ticket)
-        if self._threads < self.count:
+        if len(self._threads) < self.count:
             self._start_thread(ticket)
-        return ticket.result
+        return lambda: self._result(ticket)
 
     def _start_thread(self, ticket: Ticket) -> None:
         try:
-            start_thread(functools.partial(self._run, Scratch(bytearray(), bytearray())))
-            self._threads += 1
+            work = functools.partial(self._run, Scratch(bytearray(), bytearray()))
+            self._threads.append(start_thread(work))
         except Error:  # the main thread can read as well
-            self.count = max(1, self._threads)
+            self.count = max(1, len(self._threads))
             if not self._threads:
                 ticket.perform(self.scratch)
+
+    def _result(self, ticket: Ticket) -> Any:
+        while not ticket.is_done(READER_PATIENCE):
+            if not any(thread.locked() for thread in self._threads):  # they have found no memory
+                import queue
+
+                self.count = 1
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        self._queue.get_nowait().perform(self.scratch)
+        return ticket.result()
 
     def _run(self, scratch: Scratch) -> None:
         while True:
@@ -1114,21 +1138,24 @@ class Drain:
 
     def __init__(self, pipe: Any) -> None:
         """Start to read. Raises Error if there is no thread for it."""
+        import threading
+
         self._pipe = pipe
         self._kept = b""
-        self._thread = start_thread(self._run)
+        self._is_over = threading.Event()
+        start_thread(self._run)
 
     def _run(self) -> None:
         with self._pipe, contextlib.suppress(OSError):
-            while True:
+            data = b"?"
+            while data:
                 data = os.read(self._pipe.fileno(), 4096)
-                if not data:
-                    return
                 self._kept = (self._kept + data)[-4096:]
+        self._is_over.set()
 
     def text(self) -> bytes:
         """What was said last, once the program has ended."""
-        self._thread.join(1)
+        self._is_over.wait(1)
         return self._kept
 
 
@@ -1888,6 +1915,7 @@ PIECE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch 
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
 PIECES_AHEAD = 2  # pieces for each reader: one at work, one that waits for it
 FIRST_PIECE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
+READER_PATIENCE = 1.0  # seconds between two looks whether any reader is at work
 INLINE_PIECES = 3  # of a scan, before threads are worth their start
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
 PATIENCE = 4  # clusters with zeros at their head, in a row, until all the rest is read as well
@@ -2970,8 +2998,10 @@ class Output:
         """
         if stat.S_ISREG(self._status.st_mode):
             self._claim_file()
-        elif self._is_block_device and sys.platform.startswith("linux"):
-            self._claim_device()
+        elif self._is_block_device:
+            self._start = os.lseek(self.fd, 0, os.SEEK_CUR)
+            if sys.platform.startswith("linux"):
+                self._claim_device()
 
     def _claim_device(self) -> None:
         """Open a block device as a mount does. It stays open, and so claimed, to the end."""
@@ -3000,6 +3030,8 @@ class Output:
         except OSError:  # not on this file system
             pass
         is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
+        if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
+            self._can_sendfile = False
         kind = file_system(self._status.st_dev)
         # Others may take zeros for holes.
         self._has_no_holes = os.major(self._status.st_dev) > 0 or kind in ("btrfs", "tmpfs")
@@ -3015,16 +3047,18 @@ class Output:
         if self._start is None:
             return
         end = os.lseek(self.fd, 0, os.SEEK_CUR)
-        is_whole = end == self._start + self.written and os.fstat(self.fd).st_size >= end
-        if is_whole:
+        is_whole = end == self._start + self.written
+        if not self._is_block_device:
+            is_whole = (
+                is_whole and os.fstat(self.fd).st_size >= end and self._first_hole(end) >= end
+            )
             with suppress_untold(), open(f"/proc/self/fd/{self.fd}", "rb") as file:
                 file.seek(self._start)
-                is_whole = file.read(len(self._head)) == self._head
-            is_whole = is_whole and self._first_hole(end) >= end
+                is_whole = is_whole and file.read(len(self._head)) == self._head
         if not is_whole:
             raise Error(
-                "standard output is a file to which somebody else has written at the same time, "
-                "and the image is not whole; give it a name of its own"
+                "standard output is a file or a device to which somebody else has written at the "
+                "same time, and the image is not whole; give it a name of its own"
             )
 
     def _first_hole(self, end: int) -> int:

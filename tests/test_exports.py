@@ -291,9 +291,9 @@ def test_a_system_that_starts_no_thread(tmp_path: Path) -> None:
     image = create(tmp_path / "a.qcow2", "1M")
     poor = altered(
         tmp_path,
-        "import threading\n"
-        "def refuse(self): raise RuntimeError('can\\'t start new thread')\n"
-        "threading.Thread.start = refuse\n",
+        "import _thread\n"
+        "def refuse(*rest): raise RuntimeError('can\\'t start new thread')\n"
+        "_thread.start_new_thread = refuse\n",
     )
     for options in (
         ["-f", "qcow2", image],

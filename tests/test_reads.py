@@ -262,18 +262,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
 
 SYSTEMS = {
     "starts no thread": (
-        "import threading\n"
-        "def refuse(self): raise RuntimeError('can\\'t start new thread')\n"
-        "threading.Thread.start = refuse\n"
+        "import _thread\n"
+        "def refuse(*rest): raise RuntimeError('can\\'t start new thread')\n"
+        "_thread.start_new_thread = refuse\n"
     ),
     "starts two threads": (
-        "import threading\n"
-        "start, started = threading.Thread.start, []\n"
-        "def once(self):\n"
-        "    started.append(self)\n"
+        "import _thread\n"
+        "start, started = _thread.start_new_thread, []\n"
+        "def once(*rest):\n"
+        "    started.append(rest)\n"
         "    if len(started) > 2: raise RuntimeError('can\\'t start new thread')\n"
-        "    start(self)\n"
-        "threading.Thread.start = once\n"
+        "    return start(*rest)\n"
+        "_thread.start_new_thread = once\n"
+    ),
+    "has no memory for the threads that it starts": (
+        "import _thread\n_thread.start_new_thread = lambda *rest: 1\n"
     ),
     "has no preadv": "import os\ndel os.preadv\n",
     "has no RWF_NOWAIT": "import os\ndel os.RWF_NOWAIT\n",
