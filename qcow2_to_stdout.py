@@ -1624,11 +1624,12 @@ class Export:
         arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
         parent = os.getpid()
         has_proc = tells_of_processes()
+        may_be_alone = has_proc and mounts_are_shared()
         self._daemon = start_program(
             arguments,
             stdin=-1,
             start_new_session=True,
-            preexec_fn=lambda: prepare_daemon(parent, has_proc),
+            preexec_fn=lambda: prepare_daemon(parent, may_be_alone),
         )
         self._stderr = Drain(self._daemon.stderr)
         ending = set(ENDING_SIGNALS) - set(blocked)
@@ -1688,24 +1689,6 @@ class Export:
                 is_log = int(flags, 8) & ACCESS_MODE != os.O_RDONLY
                 if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
                     yield DiskFile(path, os.readlink(path))
-
-    def forget_mounts(self) -> None:
-        """Take away the mounts that the daemon has as its own, now that it has opened all.
-
-        They are copies of the system's. Where these are not shared, whoever unmounts one would
-        leave the copy: its device would be in use until the daemon ends.
-        """
-        space = f"/proc/{self._daemon.pid}/ns/mnt"
-        try:
-            if not tells_of_processes() or os.readlink(space) == os.readlink("/proc/self/ns/mnt"):
-                return
-            import subprocess
-
-            libc_call("getpid")  # has the library loaded now: a child had better not
-            with open(space) as opened:
-                subprocess.call([b"true"], preexec_fn=lambda: detach_mounts(opened.fileno()))
-        except (OSError, subprocess.SubprocessError):  # not here
-            pass
 
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
@@ -1794,7 +1777,8 @@ def prepare_daemon(parent: int, may_be_alone: bool) -> None:
     """In a child: let the kernel clean up after it, and end it when its parent has ended.
 
     As root its mounts are its own, and gone as soon as it is: then nothing but its death is
-    needed. Else it is asked to end, and takes its mount away.
+    needed. Else it is asked to end, and takes its mount away. So it is where its copies of the
+    system's mounts would not follow these: what somebody unmounts would stay in use.
     """
     is_alone = (
         may_be_alone
@@ -1806,18 +1790,11 @@ def prepare_daemon(parent: int, may_be_alone: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def detach_mounts(space: int) -> None:
-    """In a child, which ends here: detach all mounts but the first of a name space of mounts."""
-    try:
-        if libc_call("setns", space, CLONE_NEWNS) == 0:
-            with open("/proc/self/mountinfo", "rb") as mounts:
-                places = [line.split()[4] for line in mounts]
-            for place in reversed(places):
-                octal = re.sub(rb"\\(\d{3})", lambda code: bytes((int(code.group(1), 8),)), place)
-                if octal != b"/":
-                    libc_call("umount2", octal, MNT_DETACH)
-    finally:
-        os._exit(0)
+def mounts_are_shared() -> bool:
+    """Whether all mounts that are seen here are shared, as systemd has them."""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
+        return all(b" shared:" in line.split(b" - ")[0] for line in mounts)
+    return False
 
 
 def tells_of_processes() -> bool:
@@ -1889,7 +1866,6 @@ def open_export(
             for each in export.held_files():
                 resources.callback(each.close)
                 held.append(each)
-            export.forget_mounts()
             if file.size != size:  # nobody watches a remote disk
                 break
             if known.issuperset(each.identity for each in held[found:]):
@@ -3013,7 +2989,7 @@ class Output:
                     raise
                 raise Error(
                     "standard output is a device in use: it is mounted, part of a volume, or "
-                    "another run is writing to it; write the image elsewhere"
+                    "held by another program or run; write the image elsewhere"
                 ) from error
 
     def _claim_file(self) -> None:

@@ -524,15 +524,13 @@ def test_without_root(tmp_path: Path, form: str) -> None:
 def test_what_is_unmounted_meanwhile_is_free(
     dense_vmdk: Path, mounted: Tuple[str, Path], tmp_path: Path
 ) -> None:
-    """As root the daemon has mounts of its own, copied where they are not shared."""
+    """As root the daemon may have mounts of its own: copies, which must follow the system's."""
     device, folder = mounted
     program = start("-f", "vmdk", dense_vmdk)
     program.stdout.read(100_000)
     subprocess.run(["umount", str(folder)], check=True)
     try:
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
-        (daemon,) = daemons_of(program.pid)
-        assert len(Path(f"/proc/{daemon}/mounts").read_text().splitlines()) == 1
     finally:
         subprocess.run(["mount", device, str(folder)], check=True)
         program.communicate(timeout=TIMEOUT)
