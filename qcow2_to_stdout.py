@@ -1658,9 +1658,13 @@ class Export:
         """Open what the daemon shows. One that does not answer would hold us for ever."""
         with time_limit(QEMU_PATIENCE, lambda: self._send(signal.SIGKILL)) as is_late:
             shown = f"/proc/{self._daemon.pid}/root{self.path}" if has_proc else self.path
-            file = DiskFile(
-                shown if os.path.exists(shown) else self.path, self._image.name, is_export=True
-            )
+            shown = shown if os.path.exists(shown) else self.path
+            try:
+                file = DiskFile(shown, self._image.name, is_export=True)
+            except Error:
+                if is_late.is_set():
+                    raise self._no_answer() from None
+                raise
         if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
             file.close()
             if is_late.is_set():

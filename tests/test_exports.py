@@ -1,5 +1,6 @@
 """QEMU's programs at work for ours: they fail, hang and die, and nothing of them outlives it."""
 
+import errno
 import functools
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
+import support.program
 from conftest import needs
 from support.disks import noise, write_disk
 from support.images import as_raw, create, leftovers, nbd_server, replaced, shell, wrapped, write
@@ -33,6 +35,18 @@ from support.pythons import pythons, version
 MIB = 1 << 20
 
 pytestmark = pytest.mark.usefixtures("temporary")
+
+
+SHARED = ["unshare", "-m", "--propagation", "shared"]
+
+
+@pytest.fixture(params=["as they are", "shared"])
+def mounts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where all mounts are shared, as systemd has them, root's daemon gets some of its own."""
+    if request.param == "shared":
+        needs(os.geteuid() == 0, "root, to have mounts shared")
+        monkeypatch.setattr("support.program.PREFIX", SHARED)
+    return str(request.param)
 
 
 def test_a_signal_while_an_abandoned_program_is_ended(dense_vmdk: Path, tmp_path: Path) -> None:
@@ -167,6 +181,7 @@ def daemons_of(pid: int) -> List[int]:
     return [int(word) for word in found]
 
 
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGPIPE]
 )
@@ -199,6 +214,7 @@ def test_an_export_under_every_python(dense_vmdk: Path, python: str) -> None:
     assert b"changed while" in program.communicate(timeout=TIMEOUT)[1]
 
 
+@pytest.mark.usefixtures("mounts")
 def test_a_daemon_that_dies(dense_vmdk: Path) -> None:
     expected = stream("-f", "vmdk", dense_vmdk)
     program = start("-f", "vmdk", dense_vmdk)
@@ -322,10 +338,10 @@ def test_a_signal_while_a_folder_is_made(dense_vmdk: Path, temporary: Path) -> N
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("victim", ["program", "group", "daemon"])
 def test_no_mount_is_left_by_a_sudden_death(dense_vmdk: Path, temporary: Path, victim: str) -> None:
     """While the export is opened, of which nothing but an empty file may stay."""
-    needs(os.geteuid() == 0, "root, whose exports are in a name space of their own")
     for pause in (0, 0.005, 0.01, 0.02, 0.03, 0.05):
         program = start("-f", "vmdk", dense_vmdk, start_new_session=True)
         # Its folder may come and go unseen, where the machine is busy.
@@ -411,6 +427,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
 def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
     """One is the real one, stopped when it has said hello."""
@@ -424,7 +441,7 @@ def run_impatiently(*arguments: str, **options: Any) -> Result:
         f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import qcow2_to_stdout as p; "
         "p.QEMU_PATIENCE = 1; sys.exit(p.main())"
     )
-    words = [sys.executable, "-c", impatient, *arguments]
+    words = [*support.program.PREFIX, sys.executable, "-c", impatient, *arguments]
     done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, check=False, **options)
     return Result(done.returncode, done.stdout, done.stderr.decode())
 
@@ -437,6 +454,7 @@ def test_a_server_that_says_nothing(tmp_path: Path) -> None:
         assert_refused(run_impatiently("--image-opts", name), "qemu-img does not answer")
 
 
+@pytest.mark.usefixtures("mounts")
 @pytest.mark.parametrize("daemon", [SILENT_DAEMON, STOPPED_DAEMON], ids=["silent", "stopped"])
 def test_a_signal_while_a_daemon_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> None:
     """It is not for the minute to pass that a signal waits."""
@@ -521,6 +539,16 @@ def test_without_root(tmp_path: Path, form: str) -> None:
         shutil.rmtree(folder)
 
 
+def is_in_use(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        assert error.errno == errno.EBUSY
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("mounts")
 def test_what_is_unmounted_meanwhile_is_free(
     dense_vmdk: Path, mounted: Tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -528,9 +556,13 @@ def test_what_is_unmounted_meanwhile_is_free(
     device, folder = mounted
     program = start("-f", "vmdk", dense_vmdk)
     program.stdout.read(100_000)
-    subprocess.run(["umount", str(folder)], check=True)
+    for place in (["nsenter", "-m", "-t", str(program.pid)], []):  # perhaps one and the same
+        subprocess.run([*place, "umount", str(folder)], check=bool(place))
     try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+        deadline = time.monotonic() + 20  # another test's name space may have a copy for a while
+        while is_in_use(device) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_in_use(device)
     finally:
         subprocess.run(["mount", device, str(folder)], check=True)
         program.communicate(timeout=TIMEOUT)

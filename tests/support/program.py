@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "qcow2_to_stdout.py"
 PYTHON = os.environ.get("QCOW2_TEST_PYTHON", sys.executable)
 COVERAGE = os.environ.get("QCOW2_TEST_COVERAGE")  # a folder, set by tests/coverage
+PREFIX: List[str] = []  # of each command: a program that becomes ours
 TIMEOUT = 120  # seconds; nothing here takes a tenth of it
 
 Argument = Union[str, bytes, "os.PathLike[str]"]
@@ -29,8 +30,8 @@ def command(*arguments: Argument, python: Optional[str] = None) -> List[Argument
     if COVERAGE and python is None:
         covered = Path(__file__).with_name("covered.py")
         measured = [str(covered), "run", "--branch", "-p", f"--data-file={COVERAGE}/data"]
-        return [PYTHON, *measured, str(PROGRAM), *arguments]
-    return [python or PYTHON, str(PROGRAM), *arguments]
+        return [*PREFIX, PYTHON, *measured, str(PROGRAM), *arguments]
+    return [*PREFIX, python or PYTHON, str(PROGRAM), *arguments]
 
 
 def run(
