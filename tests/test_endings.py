@@ -298,17 +298,21 @@ def write_and_disturb(disk: Path, image: Path, how: str) -> None:
     assert_failed(Result(program.returncode, b"", stderr), "somebody else", "a name of its own")
 
 
-def test_an_output_into_which_another_program_says_something(tmp_path: Path) -> None:
-    """As in `{ qcow2_to_stdout.py DISK & …; } > image 2>&1`."""
-    raw = write_disk(tmp_path / "disk.raw", 64 << 20, [(0, noise(64 << 20))])
-    for milliseconds in range(1, 6):
-        with open(tmp_path / "image", "wb") as out:
-            program = subprocess.Popen(command(raw), stdout=out, stderr=out)
-            while os.lseek(out.fileno(), 0, os.SEEK_CUR) < 1 << 20:
-                assert program.poll() is None
-            time.sleep(milliseconds / 1000)
-            os.write(out.fileno(), b"warning")
-            assert program.wait(TIMEOUT) == 1
+def test_an_output_into_which_another_program_says_something(
+    tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
+) -> None:
+    """As in `{ qcow2_to_stdout.py DISK & …; } > image 2>&1`, while the disk is waited for."""
+    raw = write_disk(tmp_path / "disk.raw", 16 << 20, [(0, noise(16 << 20))])
+    slow = fuse_disk(raw, latency=0.02)
+    with open(tmp_path / "image", "wb") as out:
+        program = subprocess.Popen(command(slow.path, "-c", "2M"), stdout=out, stderr=out)
+        while os.lseek(out.fileno(), 0, os.SEEK_CUR) < 10 << 20:
+            assert program.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.write(out.fileno(), b"warning")
+        assert program.poll() is None, "it is no longer at work"
+        assert program.wait(TIMEOUT) == 1
 
 
 def test_a_device_into_which_a_second_run_writes(
