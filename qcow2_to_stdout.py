@@ -1466,7 +1466,7 @@ def local_file(name: str) -> Optional[str]:
         is_there = os.path.exists(path)
     except ValueError:
         return None
-    is_remote = ":" in name.split("/", 1)[0]  # a protocol, as QEMU reads it
+    is_remote = PROTOCOLS.match(name)
     return path if is_there and not is_remote and "\ufffd" not in name else None
 
 

@@ -463,6 +463,9 @@ def test_a_truncated_image(tmp_path: Path, missing: int) -> None:
     assert_refused(run("--image-opts", node), "is truncated")
     top = write(overlay(tmp_path / "top.qcow2", image, "qcow2"), "write -c -P 2 0 64k")
     assert_refused(run("-f", "qcow2", top), "is truncated")
+    (tmp_path / "10:00.qcow2").symlink_to(image)  # a name that looks like an address, but is none
+    node = "driver=qcow2,file.driver=file,file.filename=10:00.qcow2"
+    assert_refused(run("--image-opts", node, cwd=tmp_path), "is truncated")
 
 
 def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> None:
