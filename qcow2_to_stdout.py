@@ -1093,6 +1093,7 @@ PACKAGES = {  # of Debian, of Fedora
 }
 FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
+COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
 MAX_VMDK_DESCRIPTOR = 20 << 20  # bytes; QEMU reads no more either
 QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
 SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
@@ -1285,6 +1286,12 @@ def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
 Place = Optional[Tuple[DiskFile, int]]
 
 
+def extents_of_vmdk(member: Dict[str, Any]) -> List[str]:
+    """The names of the files that hold what a VMDK stores; none for anything else."""
+    data = member.get("format-specific", {}).get("data", {})
+    return [extent["filename"] for extent in data.get("extents", [])]
+
+
 def place_of_data(
     member: Dict[str, Any],
     own: Optional[DiskFile],
@@ -1300,7 +1307,7 @@ def place_of_data(
     if has_options and "data-file" in data:  # the header's name, which an option may have replaced
         return None
     names = [data["data-file"]] if "data-file" in data else []
-    extents = [extent["filename"] for extent in data.get("extents", [])]  # of a VMDK
+    extents = extents_of_vmdk(member)
     if len(extents) == 1 or not tells_of_processes():  # else they are found where QEMU has them
         names += extents
     paths = [local_file(name) for name in names]
@@ -1340,6 +1347,25 @@ def refuse_if_tables_are_missing(file: DiskFile, version: int) -> None:
         entries.byteswap()
     last = max((entry & OFFSET_MASK for entry in entries), default=0)
     if last and last + (ENTRY_SIZE << l2_bits) > file.size:
+        raise file.ended_early(file.size)
+
+
+def refuse_if_grain_tables_are_missing(file: DiskFile) -> None:
+    """Raise Error if an extent of an ESX snapshot (vmfsSparse) ends before one of its tables.
+
+    They lie among the data, made as they were needed: the same as in qcow2.
+    """
+    header = bytearray(28)
+    if file.size < len(header):
+        return
+    file.read_into(memoryview(header), 0)
+    magic, sector, count = struct.unpack("<4s16xII", header)
+    if magic != b"COWD" or count * 4 > MAX_L1_BYTES:
+        return
+    table = bytearray(count * 4)
+    file.read_into(memoryview(table), sector * SECTOR_SIZE)
+    last = max(struct.unpack(f"<{count}I", table), default=0) * SECTOR_SIZE
+    if last and last + COWD_TABLE_SIZE > file.size:
         raise file.ended_early(file.size)
 
 
@@ -1829,6 +1855,9 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
     for depth, (member, file) in enumerate(zip(chain, files)):
         if file:
             refuse_if_more_than_qemu_reads(file, member, has_parent=depth + 1 < len(chain))
+        for path in filter(None, map(local_file, extents_of_vmdk(member))):
+            with contextlib.closing(DiskFile(path)) as extent:
+                refuse_if_grain_tables_are_missing(extent)
     places = [
         place_of_data(member, file, open_file, image.is_options)
         for member, file in zip(chain, files)

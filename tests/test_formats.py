@@ -8,7 +8,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 import pytest
 from conftest import needs
@@ -574,6 +574,40 @@ def test_a_vhd_of_which_qemu_would_not_read_the_end(tmp_path: Path, kind: str) -
         stream("-f", "vpc", image)
     patch_vhd(image, creator=b"vbox", current_size=100 * MIB)
     assert_refused(run("-f", "vpc", image), "a.vhd", "104857600 bytes")
+
+
+def esx_snapshot(folder: Path) -> Tuple[Path, Path]:
+    """A descriptor, and its extent: 32 KiB at 0 and at 4 MiB, each behind its own grain table."""
+    write_disk(folder / "base-flat.vmdk", 8 * MIB, [(0, noise(8 * MIB))])
+    head = "# Disk DescriptorFile\nversion=1\n"
+    (folder / "base.vmdk").write_text(
+        head + 'CID=11111111\nparentCID=ffffffff\ncreateType="vmfs"\n'
+        'RW 16384 VMFS "base-flat.vmdk"\n'
+    )
+    (folder / "snapshot.vmdk").write_text(
+        head + 'CID=22222222\nparentCID=11111111\ncreateType="vmfsSparse"\n'
+        'parentFileNameHint="base.vmdk"\nRW 16384 VMFSSPARSE "snapshot-delta.vmdk"\n'
+    )
+    header = struct.pack("<4s10I", b"COWD", 1, 3, 16384, 1, 4, 4, 200, 0, 0, 0)
+    directory = struct.pack("<4I", 8, 0, 104, 0)
+    extent = bytearray(header.ljust(4 * SECTOR_SIZE, b"\0") + directory)
+    for table in (8, 104):
+        extent = extent.ljust(table * SECTOR_SIZE, b"\0")
+        extent += struct.pack("<64I", *range(table + 32, table + 96)).ljust(32 * SECTOR_SIZE, b"\0")
+        extent += noise(64 * SECTOR_SIZE, table)
+    (folder / "snapshot-delta.vmdk").write_bytes(extent)
+    return folder / "snapshot.vmdk", folder / "snapshot-delta.vmdk"
+
+
+def test_a_truncated_snapshot_of_esx(tmp_path: Path) -> None:
+    """Where a grain table is missing, its parent would show."""
+    image, extent = esx_snapshot(tmp_path)
+    expected = stream(as_raw(image, "vmdk"))
+    assert stream("-f", "vmdk", image) == expected
+    assert noise(64 * SECTOR_SIZE, 104) in expected
+    for sectors in range(199, 5, -1):
+        os.truncate(extent, sectors * SECTOR_SIZE)
+        assert_refused(run("-f", "vmdk", image), "snapshot", "vmdk'")
 
 
 def test_a_vmdk_whose_parent_has_no_name(tmp_path: Path) -> None:
