@@ -1296,15 +1296,18 @@ def place_of_data(
     member: Dict[str, Any],
     own: Optional[DiskFile],
     open_file: Callable[[str], DiskFile],
-    has_options: bool,
+    is_replaced: bool,
 ) -> Place:
     """The file in which the offsets count that are told of a member of a chain, and its end.
 
-    None if it is not known; own is the member's own file. What is raw ends with a whole sector.
-    All other files that hold data of it are opened, too, so that they are watched.
+    None if it is not known. What is raw ends with a whole sector. All other files that hold data
+    of it are opened, too, so that they are watched.
+
+    own             the member's own file
+    is_replaced     an option may name another data file than the header does
     """
     data = member.get("format-specific", {}).get("data", {})
-    if has_options and "data-file" in data:  # the header's name, which an option may have replaced
+    if is_replaced and "data-file" in data:
         return None
     names = [data["data-file"]] if "data-file" in data else []
     extents = extents_of_vmdk(member)
@@ -1485,15 +1488,31 @@ def refuse_unless_it_tells(image: ImageName, answer: Any, keys: Sequence[str]) -
 def local_file(name: str) -> Optional[str]:
     """The name of a file that qemu-img has printed, as the system knows it; None for no file.
 
-    Nor for a name that it could not print: another file may bear the one that it printed.
+    Nor for a name that it could not print, if several files would have been printed so.
     """
+    if PROTOCOLS.match(name):
+        return None
+    if "\ufffd" in name:
+        return only_file_printed_as(name)
     try:
         path = os.fsdecode(name.encode("utf-8", "surrogateescape"))
-        is_there = os.path.exists(path)
+        return path if os.path.exists(path) else None
     except ValueError:
         return None
-    is_remote = PROTOCOLS.match(name)
-    return path if is_there and not is_remote and "\ufffd" not in name else None
+
+
+def only_file_printed_as(name: str) -> Optional[str]:
+    """The one file whose name is this one where bytes that are no UTF-8 are replaced."""
+    import glob
+
+    pattern = re.sub(b"(\xef\xbf\xbd)+", b"*", glob.escape(os.fsencode(name)))
+    blurred, printed = re.compile("\ufffd+"), functools.partial(bytes.decode, errors="replace")
+    same = [
+        path
+        for path in glob.glob(pattern)
+        if blurred.sub("?", printed(path)) == blurred.sub("?", name)
+    ]
+    return os.fsdecode(same[0]) if len(same) == 1 else None
 
 
 def member_files(
@@ -1859,7 +1878,7 @@ def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
             with contextlib.closing(DiskFile(path)) as extent:
                 refuse_if_grain_tables_are_missing(extent)
     places = [
-        place_of_data(member, file, open_file, image.is_options)
+        place_of_data(member, file, open_file, image.is_options and "data-file" in image.name)
         for member, file in zip(chain, files)
     ]
     source = read_chain(image, chain, files, places)  # type: Optional[Source]

@@ -657,9 +657,10 @@ def test_a_truncated_data_file(tmp_path: Path) -> None:
     snapshot.write_bytes(data.read_bytes())
     os.truncate(data, 3 * MIB)
     assert_refused(run("-f", "qcow2", image), "data", "is truncated")
+    node = f"driver=qcow2,file.driver=file,file.filename={image}"
+    assert_refused(run("--image-opts", node), "data", "is truncated")
     # Which file an option has put in its place, nobody tells: the header's does not count.
-    node = f"driver=qcow2,file.driver=file,file.filename={image},data-file.driver=file"
-    stream("--image-opts", f"{node},data-file.filename={snapshot}")
+    stream("--image-opts", f"{node},data-file.driver=file,data-file.filename={snapshot}")
 
 
 @pytest.mark.parametrize("missing", [1, 512])
@@ -714,6 +715,18 @@ def test_a_backing_file_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
     program.stdout.read(1)
     os.utime(hidden)
     assert b"changed while" in program.communicate(timeout=TIMEOUT)[1]
+
+
+def test_a_truncated_backing_file_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
+    hidden = os.fsencode(tmp_path) + b"/B\xf6\xdfe.qcow2"
+    base = write(create(tmp_path / "base.qcow2", "4M"), "write -P 1 0 4M")
+    base.rename(os.fsdecode(hidden))
+    top = tmp_path / "top.qcow2"
+    words = [b"qemu-img", b"create", b"-q", b"-f", b"qcow2", b"-b", hidden, b"-F", b"qcow2"]
+    subprocess.run([*words, os.fsencode(top)], check=True)
+    assert stream("-f", "qcow2", top) == stream("-f", "qcow2", top, "-m", "1")
+    os.truncate(hidden, 3 * MIB)
+    assert_refused(run("-f", "qcow2", top), "is truncated")
 
 
 def test_a_remote_backing_file_with_a_local_namesake(
