@@ -275,7 +275,7 @@ SYSTEMS = {
         "    return start(*rest)\n"
         "_thread.start_new_thread = once\n"
     ),
-    "has no memory for the threads that it starts": (
+    "starts threads that never run": (
         "import _thread\n_thread.start_new_thread = lambda *rest: 1\n"
     ),
     "has no preadv": "import os\ndel os.preadv\n",
