@@ -131,9 +131,11 @@ ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
 
 OFFSET_MASK = (1 << 56) - (1 << 9)  # the bits of an entry that hold a host offset
 OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
+OFLAG_COMPRESSED = 1 << 62  # the rest of the entry is another
 OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 
 INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -1343,14 +1345,47 @@ def refuse_if_tables_are_missing(file: DiskFile, version: int) -> None:
         return  # QEMU says what is wrong with it
     if l1_offset + l1_size * ENTRY_SIZE > file.size:
         raise file.ended_early(file.size)
-    table = bytearray(l1_size * ENTRY_SIZE)
-    file.read_into(memoryview(table), l1_offset)
-    entries = array("Q", bytes(table))
-    if sys.byteorder == "little":
-        entries.byteswap()
+    entries = read_entries(file, l1_offset, l1_size)
     last = max((entry & OFFSET_MASK for entry in entries), default=0)
     if last and last + (ENTRY_SIZE << l2_bits) > file.size:
         raise file.ended_early(file.size)
+
+
+def read_entries(file: DiskFile, offset: int, count: int) -> "array[int]":
+    """Entries of an L1 or an L2 table."""
+    table = bytearray(count * ENTRY_SIZE)
+    file.read_into(memoryview(table), offset)
+    entries = array("Q", bytes(table))
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def refuse_if_end_is_missing(file: DiskFile) -> None:
+    """Raise Error if a qcow2 image ends before its tables, or before the last data of its disk.
+
+    So does one whose writer failed in the midst. What it lacks would read as zeros.
+    """
+    header = bytearray(80)
+    if file.size < len(header):
+        raise file.ended_early(file.size)
+    file.read_into(memoryview(header), 0)
+    version, bits, size, l1_size, l1_offset, features = struct.unpack(">4xI12xIQ4xIQ24xQ", header)
+    is_plain = version == 2 or not features & (INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_EXTENDED_L2)
+    if not is_plain or not 9 <= bits <= 21 or l1_size * ENTRY_SIZE > MAX_L1_BYTES:
+        return  # QEMU says what is wrong with it
+    refuse_if_tables_are_missing(file, version=2)
+    table_entries = (1 << bits) // ENTRY_SIZE
+    l1 = read_entries(file, l1_offset, l1_size)
+    for index in filter(l1.__getitem__, reversed(range(l1_size))):
+        l2 = read_entries(file, l1[index] & OFFSET_MASK, table_entries)
+        for at in reversed(range(table_entries)):
+            offset = l2[at] & OFFSET_MASK
+            if offset and not l2[at] & (OFLAG_COMPRESSED | OFLAG_ZERO):
+                start = (index * table_entries + at) << bits
+                if offset + min(1 << bits, size - start) > file.size:
+                    raise file.ended_early(file.size)
+                return
 
 
 def refuse_if_grain_tables_are_missing(file: DiskFile) -> None:
@@ -3122,7 +3157,7 @@ class Output:
                     )
 
     def refuse_if_no_image(self, backing_file: str) -> None:
-        """Raise Error if what the image names, looked for beside it, is there, but no qcow2 image.
+        """Raise Error if what the image names, looked for beside it, is no whole qcow2 image.
 
         Such as what a failed run has left. Where the output's folder isn't known, only an
         absolute name leads anywhere.
@@ -3131,12 +3166,14 @@ class Output:
         with suppress_untold(), contextlib.suppress(ValueError):
             if os.path.isabs(path) and stat.S_ISREG(os.stat(path).st_mode):
                 with open(path, "rb") as file:
-                    if file.read(len(MAGIC)) == MAGIC:
-                        return
-                raise Error(
-                    f"the backing file {quoted(path)} is no qcow2 image, as --backing-format says; "
-                    "has the run that wrote it failed?"
-                )
+                    is_image = file.read(len(MAGIC)) == MAGIC
+                if not is_image:
+                    raise Error(
+                        f"the backing file {quoted(path)} is no qcow2 image, as --backing-format "
+                        "says; has the run that wrote it failed?"
+                    )
+                with contextlib.closing(DiskFile(path)) as image:
+                    refuse_if_end_is_missing(image)
 
     def _folder(self) -> str:
         """Where the image will lie, if it goes into a file or a device and Linux tells."""

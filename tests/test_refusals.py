@@ -12,7 +12,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import needs
-from support.disks import write_disk
+from support.disks import noise, write_disk
 from support.fuse import FuseDisk
 from support.program import PROGRAM, Result, assert_refused, command, run, stream
 
@@ -483,6 +483,24 @@ def test_a_backing_file_of_a_failed_run(disk: Path, tmp_path: Path, content: byt
     absolute = run(disk, *options, f"{tmp_path}/monday.qcow2", stdin=b"[]")
     assert_refused(absolute, "is no qcow2 image")
     stream(disk, *options, "monday.qcow2", cwd=tmp_path, stdin=b"[]")  # who knows which one
+
+
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+def test_a_backing_file_of_a_run_that_broke_off(
+    tmp_path: Path, compat: str, cluster_size: int
+) -> None:
+    """Its header and its tables say that all is there."""
+    content = [(0, noise(1 << 20)), (9 << 20, noise(3 << 20)), (14 << 20, noise(1000))]
+    disk = write_disk(tmp_path / "disk.raw", 16 << 20, content)
+    monday = tmp_path / "monday.qcow2"
+    monday.write_bytes(stream(disk, "-c", str(cluster_size), "--compat", compat))
+    options = ["--layout", "-", "-F", "qcow2", "-b", str(monday)]
+    stream(disk, *options, stdin=b"[]")
+    size = monday.stat().st_size
+    for left in (size - 1, size - cluster_size, size // 2, 5 * cluster_size, cluster_size, 80, 50):
+        os.truncate(monday, left)
+        assert_refused(run(disk, *options, stdin=b"[]"), "monday.qcow2", "is truncated")
 
 
 def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
