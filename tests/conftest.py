@@ -61,6 +61,15 @@ def loop_device() -> Iterator[Callable[..., str]]:
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
+def remove_partition(device: str, number: int) -> None:
+    """Undo addpart. A loop device on it may take an instant to be gone."""
+    deadline = time.monotonic() + 20
+    words = ["delpart", device, str(number)]
+    while subprocess.run(words, stderr=subprocess.PIPE, check=False).returncode:
+        assert time.monotonic() < deadline, "the partition stays in use"
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def small_file_system(tmp_path: Path) -> Iterator[Path]:
     """The folder of a file system of one mebibyte."""

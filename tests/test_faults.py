@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
-from conftest import needs
+from conftest import needs, remove_partition
 from support.disks import Recipe, noise, write_disk
 from support.fuse import FuseDisk
 from support.program import (
@@ -271,7 +271,7 @@ def test_a_disk_that_was_read_before_its_partition_was_written(
                     command("-", "--size", "8M"), stdin=opened, stdout=subprocess.PIPE, check=True
                 )
         finally:
-            subprocess.run(["delpart", device, "1"], check=True)
+            remove_partition(device, 1)
     assert raw.read_bytes() != before
     assert image == done.stdout == stream(raw)
     assert difference == stream(raw, "--diff", base)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import needs
+from conftest import needs, remove_partition
 from support.disks import noise, write_disk
 from support.fuse import FuseDisk
 from support.program import PROGRAM, Result, assert_refused, command, run, stream
@@ -307,8 +307,8 @@ def test_from_one_partition_to_another(disk: Path, loop_device: Callable[..., st
         with open(f"{whole}p2", "rb") as written:
             assert written.read(len(expected)) == expected
     finally:
-        for number in ("1", "2"):
-            subprocess.run(["delpart", whole, number], check=True)
+        for number in (1, 2):
+            remove_partition(whole, number)
 
 
 @pytest.mark.parametrize("target", ["file", "disk", "partition"])
@@ -332,7 +332,7 @@ def test_an_output_below_a_partition(
         finally:
             subprocess.run(["losetup", "--detach", source], check=True)
     finally:
-        subprocess.run(["delpart", whole, "1"], check=True)
+        remove_partition(whole, 1)
     assert (done.returncode, "itself" in done.stderr) == (1, True)
     assert disk.read_bytes() == before
 
