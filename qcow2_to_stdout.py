@@ -1175,7 +1175,9 @@ class ImageName(NamedTuple):
     is_options: bool
 
     def _node(self) -> Dict[str, Any]:
-        file = {"driver": file_driver(self.name), "filename": self.name}
+        # What is before a colon would be a protocol in the names of files beside it.
+        name = "./" + self.name if re.match("[^/]*:", self.name) else self.name
+        file = {"driver": file_driver(name), "filename": name}
         return {"driver": self.format, "file": file}
 
     def img_arguments(self) -> List[bytes]:

@@ -241,6 +241,27 @@ def test_names_mean_nothing(tmp_path: Path, name: str, form: str) -> None:
     assert stream("-f", form, "--", name, cwd=tmp_path) == stream(raw)
 
 
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_a_folder_that_looks_like_an_address(tmp_path: Path, form: str) -> None:
+    """What lies beside the image is looked for by its own name, too: relative to nothing else."""
+    folder = tmp_path / "2026-11-21T10:00"
+    folder.mkdir()
+    name = f"top.{form}"
+    if form == "qcow2":
+        below = write(create(folder / "below.qcow2", "1M"), "write -P 1 0 1M")
+        overlay(folder / name, Path(below.name), "qcow2")
+    else:
+        raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+        flat = ["-o", "subformat=monolithicFlat"]
+        shell("qemu-img", "convert", "-O", "vmdk", *flat, raw, tmp_path / name)
+        below = (tmp_path / "top-flat.vmdk").rename(folder / "top-flat.vmdk")
+        (tmp_path / name).rename(folder / name)
+    expected = stream("-f", form, folder / name)
+    assert stream("-f", form, f"{folder.name}/{name}", cwd=tmp_path) == expected
+    os.truncate(below, below.stat().st_size - MIB // 2)
+    assert_refused(run("-f", form, f"{folder.name}/{name}", cwd=tmp_path), "is truncated")
+
+
 def test_an_nbd_export(tmp_path: Path) -> None:
     raw = write_disk(tmp_path / "raw", 4 * MIB, [(MIB, noise(MIB))])
     address = tmp_path / "socket"
