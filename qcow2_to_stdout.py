@@ -131,7 +131,7 @@ ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
 
 OFFSET_MASK = (1 << 56) - (1 << 9)  # the bits of an entry that hold a host offset
 OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
-OFLAG_COMPRESSED = 1 << 62  # the rest of the entry is another
+OFLAG_COMPRESSED = 1 << 62  # the other bits are a compressed cluster descriptor's
 OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 
 INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -2738,8 +2738,9 @@ def read_layout(
         has_layers = has_layers or kind == "below"
         if kind in held and length:
             held[kind].add(start, min(start + length, size))
-    # In none of several layers it is as it was when there was one less. But a disk of a single
-    # layer tells what it is, not what has changed: it may have lost what the backing file has.
+    # What none of several layers holds has not changed since the top one was added. But a disk
+    # of one layer tells what it is, not what has changed: it may have lost what the backing file
+    # still has.
     if not has_layers:
         for start, end in absent:
             layout.zeros.add(start, end)
@@ -3127,7 +3128,7 @@ class Output:
             )
 
     def _first_hole(self, end: int) -> int:
-        """Where in a regular file, before its end, nothing is stored, as far as the system tells.
+        """Where the first hole of a regular file is, behind the image's start; else its end.
 
         What is written is stored, zeros too: a hole has been made by somebody else.
         """
@@ -3159,7 +3160,7 @@ class Output:
                     )
 
     def refuse_if_no_image(self, backing_file: str) -> None:
-        """Raise Error if what the image names, looked for beside it, is no whole qcow2 image.
+        """Raise Error if what the image names is there, beside it, but no whole qcow2 image.
 
         Such as what a failed run has left. Where the output's folder isn't known, only an
         absolute name leads anywhere.
