@@ -4466,15 +4466,17 @@ def open_standard_descriptors() -> None:
                     os.close(null)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program. Returns its exit status, or ends by a signal."""
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the program, and end the process with its exit status, or by a signal.
+
+    At once: nothing is left for Python to do. While it took itself down, a thread that begins
+    only then would crash it (seen with Python 3.11), and with `-i` it would read commands next.
+    """
     try:
         status = run_to_status(argv)
     except SystemExit as ending:  # argparse's
         status = int(ending.code or 0)
-    if sys.flags.inspect:  # -i: Python would read commands next, and their status would be ours
-        os._exit(status)
-    return status
+    os._exit(status)
 
 
 def run_to_status(argv: Optional[Sequence[str]]) -> int:
@@ -4517,4 +4519,4 @@ def run_to_status(argv: Optional[Sequence[str]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -698,6 +698,37 @@ def test_two_runs_on_one_source(disk: Path) -> None:
     assert finish(first).stdout == finish(second).stdout == expected
 
 
+LATE_SECOND_THREAD = (
+    "import _thread, time\n"
+    "start, started = _thread.start_new_thread, []\n"
+    "def late(*rest):\n"
+    "    started.append(rest)\n"
+    "    time.sleep(0.3 if len(started) > 1 else 0)\n"
+    "    return start(*rest)\n"
+    "_thread.start_new_thread = late\n"
+)
+
+
+def test_a_thread_that_begins_when_all_is_done(tmp_path: Path) -> None:
+    """On a busy machine. The first thread does all the work meanwhile; then Python must not crash.
+
+    What delays them is the system, by way of strace: a thread's first call, and the program's last.
+    """
+    disk = write_disk(tmp_path / "disk.raw", 5 * MIB, [(0, noise(5 * MIB))])
+    words = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=set_robust_list,exit_group"]
+    words += ["-e", "inject=set_robust_list:delay_enter=600000"]
+    words += ["-e", "inject=exit_group:delay_enter=1000000"]
+    done = subprocess.run(
+        [*words, *map(str, command(disk, "-m", "2"))],
+        env=altered(tmp_path, LATE_SECOND_THREAD),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == stream(disk)
+
+
 def test_under_a_python_without_extras(disk: Path) -> None:
     for flags in (["-I"], ["-S"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]):
         done = subprocess.run(
