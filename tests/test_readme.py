@@ -177,6 +177,13 @@ def test_the_commands_for_dirty_bitmaps(desk: Callable[..., None], tmp_path: Pat
     (block,) = noted("bitmap")
     desk(block.text)
     desk("qemu-img compare disk.qcow2 tuesday.qcow2")
+    # Whoever comes first: the server has room for both.
+    late = tmp_path / "late" / "nbdinfo"
+    late.parent.mkdir()
+    late.write_text(f'#!/bin/sh\nsleep 3; exec {shutil.which("nbdinfo")} "$@"\n')
+    late.chmod(0o755)
+    desk(block.text, PATH=f"{late.parent}:{os.environ['PATH']}")
+    desk("qemu-img compare disk.qcow2 tuesday.qcow2")
     # One that is disabled says nothing of what is written, nor does one after an external snapshot.
     desk("qemu-img bitmap --disable disk.qcow2 since-monday; rm tuesday.qcow2")
     desk(block.text, fails=True)
