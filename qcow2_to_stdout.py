@@ -3382,6 +3382,7 @@ class Header(NamedTuple):
     data_file_raw   the data file is kept identical to the disk's content
     backing_file    its name, as it stands in the header, or None
     backing_format  of the backing file, such as b"raw"
+    has_features    their names are told, which nobody needs to open an image
     """
 
     version: int = 3
@@ -3389,6 +3390,7 @@ class Header(NamedTuple):
     data_file_raw: bool = False
     backing_file: Optional[bytes] = None
     backing_format: bytes = b""
+    has_features: bool = True
 
     @property
     def extensions(self) -> bytes:
@@ -3398,22 +3400,31 @@ class Header(NamedTuple):
             extensions += pack_extension(EXTENSION_BACKING_FORMAT, self.backing_format)
         if self.data_file_name is not None:
             extensions += pack_extension(EXTENSION_DATA_FILE_NAME, self.data_file_name)
-        if self.version >= 3:
+        if self.version >= 3 and self.has_features:
             extensions += pack_extension(EXTENSION_FEATURE_NAME_TABLE, feature_name_table())
         return extensions
 
-    def refuse_if_too_long(self, cluster_size: int) -> None:
-        """Raise Error for names that don't fit into the first cluster."""
+    @property
+    def length(self) -> int:
+        """Bytes of the first cluster that are in use."""
         length = HEADER_LENGTH[self.version] + len(self.extensions)
-        what = "data"
         if self.backing_file is not None:
             length += 8 + len(self.backing_file)  # 8: the extension that ends the others
-            what = "backing"
-        if length > cluster_size:
+        return length
+
+    def fitted(self, cluster_size: int) -> "Header":
+        """Itself, or without the features' names if only so the first cluster has room for it.
+
+        Raises Error if it has none for a file's name even then.
+        """
+        header = self if self.length <= cluster_size else self._replace(has_features=False)
+        if header.length > cluster_size:
+            what = "data" if self.backing_file is None else "backing"
             raise Error(
                 f"the name of the {what} file does not fit into a first cluster of {cluster_size} "
                 "bytes; choose a larger --cluster-size or a shorter name"
             )
+        return header
 
     def cluster(self, plan: Plan) -> bytes:
         """The first cluster: header, extensions, backing file name."""
@@ -4243,8 +4254,7 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
         backing_file=None if options.backing_file is None else os.fsencode(options.backing_file),
         backing_format=os.fsencode(options.backing_format or ""),
     )
-    header.refuse_if_too_long(geometry.cluster_size)
-    return header
+    return header.fitted(geometry.cluster_size)
 
 
 def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: "Progress") -> None:

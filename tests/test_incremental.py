@@ -103,8 +103,6 @@ def check_overlay(folder: Path, image: bytes, new: Path) -> Image:
 def test_a_diff_as_an_overlay(change: Change, cluster_size: int, compat: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         base, new = change.write(Path(name))
-        if cluster_size == 512 and compat == "1.1":
-            cluster_size = 1024  # the first cluster has no room for a name
         options = ["-b", "base.raw", "-F", "raw", "-c", str(cluster_size), "--compat", compat]
         parsed = check_overlay(Path(name), stream(new, "--diff", base, *options), new)
         assert parsed.version == (2 if compat == "0.10" else 3)
@@ -144,8 +142,6 @@ def test_a_true_layout_as_an_overlay(  # what hypothesis draws
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _, new = change.write(folder)
-        if cluster_size == 512 and compat == "1.1":
-            cluster_size = 1024
         _, entries = truth(change, new.read_bytes(), form, spread)
         options = ["-b", "base.raw", "-F", "raw", "-c", str(cluster_size), "--compat", compat]
         trusting = ["--trust-layout"] if trust else []
@@ -236,10 +232,10 @@ def test_a_longer_base_is_compared_up_to_the_disks_size(tmp_path: Path) -> None:
     assert parsed.over(base.read_bytes()) == padded(content)
 
 
-@pytest.mark.parametrize("cluster_size", ["1024", "65536"])
+@pytest.mark.parametrize("cluster_size", ["512", "1024", "65536"])
 def test_the_longest_backing_file_name(tmp_path: Path, cluster_size: str) -> None:
     new = write_disk(tmp_path / "new.raw", 100_000, [(0, noise(70_000))])
-    room = {"1024": 1024 - 112 - 16 - 392 - 8, "65536": 1023}[cluster_size]
+    room = {"512": 512 - 112 - 16 - 8, "1024": 1024 - 112 - 16 - 8, "65536": 1023}[cluster_size]
     name = "./" * ((room - 8) // 2) + "base.raw"[: 8 - room % 2]
     base = write_disk(tmp_path / "base.raw", 100_000)
     options: List[Any] = ["--diff", base, "-F", "raw", "-c", cluster_size]
@@ -248,3 +244,15 @@ def test_the_longest_backing_file_name(tmp_path: Path, cluster_size: str) -> Non
     result = run(new, *options, "-b", name.ljust(room + 1, "x"))
     assert (result.status, result.stdout) == (1, b"")
     assert "backing file" in result.stderr
+
+
+def test_names_of_features_give_way_to_a_backing_file_name(tmp_path: Path) -> None:
+    """As in images of QEMU's, where both have no room in the first cluster."""
+    new = write_disk(tmp_path / "new.raw", 100_000, [(0, noise(70_000))])
+    base = write_disk(tmp_path / "base.raw", 100_000)
+    room = 1024 - 112 - 16 - 392 - 8
+    for length, has_features in ((room, True), (room + 1, False)):
+        name = "./" * ((length - 8) // 2) + "base.raw".rjust(8 + length % 2, "/")
+        options = ["-b", name, "-F", "raw", "-c", "1024"]
+        parsed = check_overlay(tmp_path, stream(new, "--diff", base, *options), new)
+        assert (0x6803F857 in parsed.extensions) == has_features

@@ -601,11 +601,12 @@ def test_a_data_file_with_clusters_of_512_bytes(disk: Path, option: str) -> None
 
 
 def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
-    fits = "d" * 250 + "/" + "e" * 250 + "/" + "f" * 10
+    fits = "d" * 250 + "/" + "e" * 250 + "/" + "f" * 250 + "/" + "g" * 151
     (tmp_path / fits).parent.mkdir(parents=True)
     write_disk(tmp_path / fits, 512)
-    assert len(fits) == 512
-    stream("-c", "1024", "-d", fits, cwd=tmp_path)
+    assert len(fits) == 1024 - 112 - 8
+    (tmp_path / "image").write_bytes(stream("-c", "1024", "-d", fits, cwd=tmp_path))
+    subprocess.run(["qemu-img", "compare", "-f", "raw", fits, "image"], cwd=tmp_path, check=True)
     os.rename(tmp_path / fits, tmp_path / (fits + "g"))
     assert_refused(run("-c", "1024", "-d", fits + "g", cwd=tmp_path), "does not fit", "1024")
 
