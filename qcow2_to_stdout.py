@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from typing import (
         Any,
         Callable,
+        Collection,
         Deque,
         Dict,
         Generator,
@@ -70,8 +71,8 @@ else:
         def __getitem__(self, _item):
             return self
 
-    Any = Callable = Deque = Dict = Generator = Iterable = Iterator = List = _Subscriptable()
-    Optional = Sequence = Tuple = Union = _Subscriptable()
+    Any = Callable = Collection = Deque = Dict = Generator = Iterable = _Subscriptable()
+    Iterator = List = Optional = Sequence = Tuple = Union = _Subscriptable()
 
     class NamedTuple(tuple):
         """An immutable record: the fields are the class's annotations."""
@@ -1130,6 +1131,10 @@ def complaint(stderr: bytes) -> str:
     text = re.sub(r"^qemu-(img|storage-daemon): ", "", text)
     if "lock" in text and "Failed to get" in text:
         text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
+    if "Unknown driver" in text:
+        text += "; QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"
+    if "/dev/fuse" in text:
+        text += "; to show a disk, QEMU needs a /dev/fuse that its user may open"
     return text
 
 
@@ -3144,9 +3149,10 @@ class Output:
         """Raise Error if the output would overwrite one of the disks that are read."""
         for file in files:
             if self._overlaps(file.identity, file.fd):
+                fate = "would be overwritten" if file.size else "is empty now: has > emptied it?"
                 raise Error(
-                    f"standard output is {quoted(file.name)} itself, or lies on it, which would be "
-                    "overwritten; write the image elsewhere"
+                    f"standard output is {quoted(file.name)} itself, or lies on it, which {fate}; "
+                    "write the image elsewhere"
                 )
 
     def refuse_if_named(self, backing_file: str) -> None:
@@ -3159,24 +3165,39 @@ class Output:
                         "image's own backing file; write the image elsewhere"
                     )
 
-    def refuse_if_no_image(self, backing_file: str) -> None:
-        """Raise Error if what the image names is there, beside it, but no whole qcow2 image.
+    def refuse_if_no_backing_file(self, name: str, fmt: str, sizes: Collection[int]) -> None:
+        """Raise Error if what the image names is there, beside it, but not what it is said to be.
 
-        Such as what a failed run has left. Where the output's folder isn't known, only an
-        absolute name leads anywhere.
+        Such as what a failed run has left, or a qcow2 image that would be shown as it is. Where
+        the output's folder isn't known, only an absolute name leads anywhere.
+
+        sizes   of the disk that it should hold, in bytes: a guest may have written on that what
+                an image begins with
         """
-        path = os.path.join(self._folder(), backing_file)
+        path = os.path.join(self._folder(), name)
         with suppress_untold(), contextlib.suppress(ValueError):
-            if os.path.isabs(path) and stat.S_ISREG(os.stat(path).st_mode):
-                with open(path, "rb") as file:
-                    is_image = file.read(len(MAGIC)) == MAGIC
-                if not is_image:
+            status = os.stat(path) if os.path.isabs(path) else None
+            if status and stat.S_ISDIR(status.st_mode):
+                raise Error(f"the backing file {quoted(path)} is a folder; give an image's name")
+            if not (status and stat.S_ISREG(status.st_mode) and fmt in ("raw", "qcow2")):
+                return
+            with open(path, "rb") as file:
+                is_image = file.read(len(MAGIC)) == MAGIC
+            if fmt == "raw":
+                if is_image and align_up(status.st_size, SECTOR_SIZE) not in sizes:
                     raise Error(
-                        f"the backing file {quoted(path)} is no qcow2 image, as --backing-format "
-                        "says; has the run that wrote it failed?"
+                        f"the backing file {quoted(path)} is no raw disk, as --backing-format "
+                        "says: it begins as a qcow2 image does, and its size is another; give -F "
+                        "qcow2"
                     )
-                with contextlib.closing(DiskFile(path)) as image:
-                    refuse_if_end_is_missing(image)
+                return
+            if not is_image:
+                raise Error(
+                    f"the backing file {quoted(path)} is no qcow2 image, as --backing-format says; "
+                    "is that wrong, or has the run that wrote it failed?"
+                )
+            with contextlib.closing(DiskFile(path)) as image:
+                refuse_if_end_is_missing(image)
 
     def _folder(self) -> str:
         """Where the image will lie, if it goes into a file or a device and Linux tells."""
@@ -3721,16 +3742,19 @@ SIZE_SUFFIXES = "KMGTPE"  # powers of 1024, as qemu-img takes them
 EPILOG = f"""\
 examples:
   {PROGRAM} disk.raw > disk.qcow2
+  {PROGRAM} -f vmdk disk.vmdk > disk.qcow2
   {PROGRAM} /dev/vg/vm | gzip > vm.qcow2.gz
   {PROGRAM} /dev/vg/vm | ssh backup 'cat > vm.qcow2'
+  {PROGRAM} /dev/vg/tuesday --diff /dev/vg/monday \\
+      -b monday.qcow2 -F qcow2 > tuesday.qcow2
 
 exit status:
   0   every byte of a consistent image was written
-  1   something went wrong, and one line on stderr says what; bytes that have already
-      been written are no image
+  1   something went wrong, and one line on stderr says what; bytes that have
+      already been written are no image
   2   wrong usage
-  A consumer that goes away ends the program by SIGPIPE; SIGINT, SIGTERM and SIGHUP end
-  it by that same signal.
+  A consumer that goes away ends the program by SIGPIPE; a signal that asks it
+  to end (SIGINT, SIGTERM, SIGHUP...) ends it by that same signal.
 """
 
 
@@ -3771,6 +3795,8 @@ def cluster_size_argument(text: str) -> int:
     if size in CLUSTER_SIZES:
         return int(size or 0)
     hint = f"; did you mean {size}K?" if size and size * 1024 in CLUSTER_SIZES else ""
+    if parse_size(text.rstrip("iBb")) in CLUSTER_SIZES:
+        hint = "; leave the B out"
     raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 512 to 2M{hint}")
 
 
@@ -3804,8 +3830,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         usage="%(prog)s [options] INPUT > IMAGE",
-        description="Turn a disk into a qcow2 image on standard output, in one forward-only "
-        "stream: no temporary\nfile, and clusters that are all zeros take no space.",
+        description="Turn a disk into a qcow2 image on standard output, in one forward-only\n"
+        "stream: no temporary file, and clusters that are all zeros take no space.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -3961,7 +3987,8 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (is_stream and options.size is None,
          "INPUT - is a stream, and the size of its disk must be known first; add --size"),
         (not is_stream and options.size is not None,
-         "--size is for INPUT -, which can't be asked for its size; leave it out"),
+         "--size is for INPUT -, which can't be asked for its size; leave it out, or write - for "
+         "INPUT"),
         (is_stream and (has_format or maps or has_external),
          "INPUT - is raw data that is read once; leave --format, --image-opts, --data-file and "
          "--json-header options out"),
@@ -4135,6 +4162,11 @@ class Sources(NamedTuple):
     cluster_size: Optional[int]
     trusted: bool
 
+    def sizes_below(self) -> Collection[int]:
+        """The sizes in bytes that a raw disk below the overlay may have."""
+        files = self.base.files if self.base else ()
+        return {self.virtual_size, *(align_up(file.size, SECTOR_SIZE) for file in files)}
+
 
 def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
@@ -4160,7 +4192,14 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
         trusted = trusted and known_base.is_whole
         base_size = min(size, known_base.info.virtual_size) if known_base.info else size
         base_image = ImageName(options.diff, options.diff_format or options.format, False)
-        base = open_disk(base_image, resources, base_size, known_base.ranges)
+        try:
+            base = open_disk(base_image, resources, base_size, known_base.ranges)
+        except Error as error:
+            if options.diff_format is not None or base_image.format == "raw":
+                raise
+            raise Error(
+                f"{error} (without --diff-format, BASE is {base_image.format}, as INPUT is)"
+            ) from error
         if options.diff_format is None and (base_image.format, options.backing_format) == (
             "raw",
             "qcow2",
@@ -4193,6 +4232,11 @@ def open_disk(
     """Open a disk of any format; size and ranges: see RawSource."""
     if image.name == "-" and not image.is_options:
         return RawSource(StreamFile(size or 0))
+    if not image.is_options and PROTOCOLS.match(image.name) and not os.path.exists(image.name):
+        raise Error(
+            f"there is no file {quoted(image.name)}; a remote disk is named by --image-opts, such "
+            "as driver=rbd,pool=…,image=…"
+        )
     if image.is_options or image.format != "raw":
         source = open_image(image, resources)
         if size is not None:
@@ -4266,8 +4310,9 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     output.refuse_if_among(file for disk in disks for file in disk.files)
     if options.backing_file is not None:
         output.refuse_if_named(options.backing_file)
-        if options.backing_format == "qcow2":
-            output.refuse_if_no_image(options.backing_file)
+        output.refuse_if_no_backing_file(
+            options.backing_file, options.backing_format, sources.sizes_below()
+        )
     if not options.measure:
         output.claim()
 

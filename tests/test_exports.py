@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 import support.program
@@ -518,25 +519,46 @@ def test_two_signals_are_no_more_than_one(dense_vmdk: Path, signals: Any) -> Non
         assert not stderr
 
 
-@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
-def test_without_root(tmp_path: Path, form: str) -> None:
+@pytest.fixture
+def theirs() -> Iterator[Path]:
+    """A folder in which everybody may read, with the program in it."""
     needs(os.geteuid() == 0, "root, to become somebody else")
+    folder = Path(tempfile.mkdtemp(prefix="unprivileged", dir="/tmp"))
+    folder.chmod(0o755)
+    shutil.copy(PROGRAM, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+SOMEBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3"]
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk"])
+def test_without_root(theirs: Path, tmp_path: Path, form: str) -> None:
     if form == "vmdk":  # direct reading needs none of this
         needs(os.stat("/dev/fuse").st_mode & 0o006 == 0o006, "a /dev/fuse for everybody")
     raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
-    shell("qemu-img", "convert", "-f", "raw", "-O", form, raw, tmp_path / "image")
-    folder = Path("/tmp") / f"unprivileged{os.getpid()}"
-    folder.mkdir(mode=0o755)
-    try:
-        shutil.copy(PROGRAM, folder)
-        shutil.copy(tmp_path / "image", folder / "image")
-        os.chmod(folder / "image", 0o644)
-        image = shell("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
-                      "/usr/bin/python3", folder / PROGRAM.name,
-                      "-f", form, folder / "image", cwd="/")  # fmt: skip
-        assert image == stream(raw)
-    finally:
-        shutil.rmtree(folder)
+    shell("qemu-img", "convert", "-f", "raw", "-O", form, raw, theirs / "image")
+    (theirs / "image").chmod(0o644)
+    words = [*SOMEBODY, theirs / PROGRAM.name, "-f", form, theirs / "image"]
+    assert shell(*words, cwd="/") == stream(raw)
+
+
+def test_without_root_where_fuse_is_for_root_alone(theirs: Path) -> None:
+    shell("qemu-img", "create", "-q", "-f", "vmdk", theirs / "image", "1M")
+    (theirs / "image").chmod(0o644)
+    private = 'mknod -m 600 "$0" c 10 229 && mount --bind "$0" /dev/fuse && exec "$@"'
+    words: List[Any] = ["unshare", "-m", "sh", "-c", private, theirs / "fuse", *SOMEBODY]
+    done = subprocess.run(
+        [*words, theirs / PROGRAM.name, "-f", "vmdk", theirs / "image"],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    result = Result(done.returncode, b"", done.stderr)
+    assert_refused(result, "Permission denied", "needs a /dev/fuse that its user may open")
 
 
 def is_in_use(device: str) -> bool:

@@ -428,7 +428,7 @@ def test_block_devices_hold_images_too(tmp_path: Path, loop_device: Callable[...
 def test_what_qemu_says_is_passed_on(tmp_path: Path) -> None:
     raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
     assert_refused(run("-f", "qcow2", raw), "raw", "not in qcow2 format")
-    assert_refused(run("-f", "nonsense", raw), "Unknown driver 'nonsense'")
+    assert_refused(run("-f", "nonsense", raw), "Unknown driver 'nonsense'", "vpc")
     assert_refused(run("-f", "qcow2", tmp_path / "none"), "none", "No such file")
     assert_refused(run("-f", "a b", raw), "format")
     base = create(tmp_path / "base.qcow2", "1M")

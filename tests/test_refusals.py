@@ -485,6 +485,49 @@ def test_a_backing_file_of_a_failed_run(disk: Path, tmp_path: Path, content: byt
     stream(disk, *options, "monday.qcow2", cwd=tmp_path, stdin=b"[]")  # who knows which one
 
 
+def test_a_backing_file_that_is_an_image_but_is_said_to_be_raw(disk: Path, tmp_path: Path) -> None:
+    """Unless it is the disk itself, on which a guest has written what an image begins with."""
+    monday = tmp_path / "monday"
+    monday.write_bytes(stream(disk))
+    assert monday.stat().st_size != disk.stat().st_size
+    newer = write_disk(tmp_path / "newer.raw", disk.stat().st_size, [(0, noise(4096, 3))])
+    for what in (["--diff", str(disk)], ["--layout", "-"]):
+        options = [str(newer), *what, "-b", str(monday), "-F"]
+        assert_refused(run(*options, "raw", stdin=b"[]"), "monday", "-F qcow2")
+        stream(*options, "qcow2", stdin=b"[]")
+    stream(monday, "--layout", "-", "-b", monday, "-F", "raw", stdin=b"[]")
+    shorter = write_disk(tmp_path / "shorter.raw", 1000, [(0, noise(1000))])
+    stream(shorter, "--diff", monday, "-b", monday, "-F", "raw")
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2", "vmdk"])
+def test_a_backing_file_that_is_a_folder(disk: Path, tmp_path: Path, fmt: str) -> None:
+    options = ["--layout", "-", "-b", str(tmp_path), "-F", fmt]
+    assert_refused(run(disk, *options, stdin=b"[]"), str(tmp_path), "is a folder")
+
+
+def test_an_input_that_the_shell_has_emptied(disk: Path) -> None:
+    with open(disk, "wb") as out:
+        words = command(disk)
+        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert_refused(Result(done.returncode, b"", done.stderr), "itself", "emptied")
+
+
+@pytest.mark.parametrize("name", ["rbd:rbd/vm@monday", "nbd+unix:///vm?socket=x", "json:{}"])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_the_address_of_a_remote_disk(tmp_path: Path, name: str, fmt: str) -> None:
+    assert_refused(run("-f", fmt, name, cwd=tmp_path), name, "--image-opts")
+    disk = write_disk(tmp_path / "disk.raw", 4096)
+    assert_refused(run(disk, "--diff", name, cwd=tmp_path), name, "--image-opts")
+
+
+def test_a_base_that_is_not_of_the_inputs_format(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.qcow2").write_bytes(stream(disk))
+    options = ["-f", "qcow2", str(tmp_path / "new.qcow2"), "--diff", str(disk)]
+    assert_refused(run(*options), str(disk), "without --diff-format")
+    stream(*options, "--diff-format", "raw")
+
+
 @pytest.mark.parametrize("compat", ["1.1", "0.10"])
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
 def test_a_backing_file_of_a_run_that_broke_off(
@@ -618,6 +661,7 @@ def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
         (["-c", "64", "x"], "did you mean 64K?"),
         (["-c", "1000", "x"], "power of two"),
         (["-c", "4M", "x"], "power of two"),
+        (["-c", "64KB", "x"], "leave the B out"),
         (["-c", "", "x"], "power of two"),
         (["-c", "-512", "x"], "-c"),
         (["-r", "3", "x"], "1, 2, 4, 8, 16, 32 or 64"),
