@@ -35,6 +35,7 @@ import collections
 import contextlib
 import errno
 import functools
+import io
 import itertools
 import operator
 import os
@@ -271,6 +272,7 @@ ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one fr
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
+SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 
 
@@ -284,6 +286,7 @@ class DiskFile:
     """
 
     can_sendfile = True
+    _sectors_changed = None  # type: Optional[Tuple[str, ...]]  # of a block device
 
     def __init__(self, path: str, name: Optional[str] = None, is_export: bool = False) -> None:
         """Open path. Raises Error if it is missing, unreadable or nothing that holds a disk.
@@ -303,10 +306,7 @@ class DiskFile:
             if self.is_regular and not is_export:
                 wait_for_write(self.fd)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
-            if stat.S_ISBLK(self._found.st_mode):
-                # What somebody has read of it before may be old by now: a partition's content,
-                # or a mounted file system's, has a memory of its own.
-                self.advise(0, 0, "DONTNEED")
+            self._look_at_device()
             if not self.size and self.is_regular:
                 self._refuse_if_longer()
         except (OSError, ValueError) as error:
@@ -314,6 +314,24 @@ class DiskFile:
             raise Error(f"cannot open {quoted(name)}: {why}") from error
         if not self.size and stat.S_ISBLK(self._found.st_mode):
             raise Error(f"cannot read {quoted(name)}: the device is empty; attach what it shows")
+
+    def _look_at_device(self) -> None:
+        """Begin to watch a block device, and to see it as it is."""
+        if stat.S_ISBLK(self._found.st_mode):
+            self._sectors_changed = sectors_changed(self.fd)
+            # What somebody has read of it before may be old by now: a partition's content, or a
+            # mounted file system's, has a memory of its own.
+            DiskFile.advise(self, 0, 0, "DONTNEED")
+
+    def _was_written_to(self) -> bool:
+        """Whether somebody has written to it, or discarded, as far as the system tells."""
+        now = file_status(self.fd)
+        if stat.S_ISREG(now.st_mode):
+            return now.st_mtime_ns != self._found.st_mtime_ns
+        before, after = self._sectors_changed, None
+        if before is not None:
+            after = sectors_changed(self.fd)
+        return after is not None and after != before
 
     def _refuse_unless_disk(self, mode: int) -> None:
         kinds = (
@@ -464,19 +482,19 @@ class DiskFile:
     def check_unchanged(self) -> None:
         """Raise Error if the file is not what it was when it was opened.
 
-        That is its size and, for a regular file, the time of its last change. Whether a block
-        device was written to can't be known.
+        That is its size and the time of its last change or, of a block device, what has been
+        written to it on this host.
         """
         if self._is_export:
             return
         try:
-            now = file_status(self.fd)
+            was_written_to = self._was_written_to()
             size = os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             raise self.read_error(self.size, error) from error
         if size != self.size:
             what = f"its size went from {self.size} to {size} bytes"
-        elif self.is_regular and now.st_mtime_ns != self._found.st_mtime_ns:
+        elif was_written_to:
             what = "it was written to"
         else:
             return
@@ -507,6 +525,20 @@ def file_status(fd: int) -> os.stat_result:
         if libc_call("statx", fd, b"", flags, STATX_BASIC_STATS, bytes(STATX_SIZE)) == 0:
             return os.fstat(fd)
     return status
+
+
+def sectors_changed(fd: int) -> Optional[Tuple[str, ...]]:
+    """How much has been written to a block device, and discarded, since it is there, in sectors.
+
+    None where the system doesn't tell. What is only in memory yet is written first, so that it
+    counts now and not while the device is read. (fsync() would have the disk's own memory
+    written as well, which takes its time.)
+    """
+    if libc_call("sync_file_range", fd, 0, 0, SYNC_FILE_RANGE_AND_WAIT) == 0:
+        with suppress_untold(), open(_sys_folder(os.fstat(fd).st_rdev) + "/stat") as file:
+            fields = file.read().split()  # see the kernel's Documentation/block/stat.rst
+            return (*fields[6:7], *fields[13:14])
+    return None
 
 
 def wait_for_write(fd: int) -> None:
@@ -769,18 +801,16 @@ class StreamFile(DiskFile):
             raise Error(
                 "standard input is a terminal, which changes bytes; give it a pipe or a file"
             )
-        if stat.S_ISBLK(self._found.st_mode):
-            super().advise(0, 0, "DONTNEED")  # as of any other device
-        elif stat.S_ISREG(self._found.st_mode):
+        self._look_at_device()
+        if stat.S_ISREG(self._found.st_mode):
             wait_for_write(0)
 
     def close(self) -> None:
         """It is not ours to close."""
 
     def check_unchanged(self) -> None:
-        """Raise Error if it is a regular file, and not what it was; else what is read is gone."""
-        now = file_status(self.fd)
-        if stat.S_ISREG(now.st_mode) and now.st_mtime_ns != self._found.st_mtime_ns:
+        """Raise Error if it is a file or a device, and not what it was; else it is gone."""
+        if self._was_written_to():
             raise self.changed("it was written to")
 
     @property
@@ -992,7 +1022,8 @@ def start_thread(work: Callable[[], Any]) -> Any:
     at_work = _thread.allocate_lock()
 
     def run() -> None:
-        with at_work:
+        # Whoever needs its work sees that it isn't at it any more.
+        with contextlib.suppress(BaseException), at_work:
             work()
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
@@ -2981,15 +3012,21 @@ def files_below(name: str, folder: str) -> Iterator[str]:
 
 def paths_in_name(name: str, folder: str) -> List[str]:
     """The files that a backing file's name may lead to, with or without one of QEMU's prefixes."""
-    names = [re.sub("^(file|host_device):", "", name)]
-    if name.startswith("json:"):
-        import json
-
-        texts = re.findall(r'filename"\s*:\s*("(?:[^"\\]|\\.)*")', name)
-        with contextlib.suppress(ValueError):
-            names = [json.loads(text) for text in texts]
+    names = file_names_in_json(name) or [re.sub("^(file|host_device):", "", name)]
     with contextlib.suppress(OSError, ValueError):
         return [os.path.realpath(os.path.join(folder, each)) for each in names if each]
+    return []
+
+
+def file_names_in_json(name: str) -> List[str]:
+    """The file names in an image's name that is QEMU's JSON (json:{…}); none in any other."""
+    if not name.startswith("json:"):
+        return []
+    import json
+
+    texts = re.findall(r'filename"\s*:\s*("(?:[^"\\]|\\.)*")', name)
+    with contextlib.suppress(ValueError):
+        return [json.loads(text) for text in texts]
     return []
 
 
@@ -3094,10 +3131,11 @@ class Output:
         try:  # a place where no other program's locks are; it is free again when this process ends
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_PLACE)
         except BlockingIOError as error:
-            raise Error(
-                "another run of this program is writing to the same file; give each a name of "
-                "its own"
-            ) from error
+            if self._is_locked_by_a_run():
+                raise Error(
+                    "another run of this program is writing to the same file; give each a name of "
+                    "its own"
+                ) from error
         except OSError:  # not on this file system
             pass
         is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
@@ -3109,6 +3147,17 @@ class Output:
         if not kind.startswith("fuse"):  # a program may tell nothing until all is there
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
+
+    def _is_locked_by_a_run(self) -> bool:
+        """Whether it is not just the caller who has locked the file, and so all of it."""
+        import fcntl
+
+        if not sys.platform.startswith("linux") or sys.maxsize < 1 << 32:
+            return True
+        flock = "hhqqi"  # type, whence, start, length, process
+        wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, LOCK_PLACE, 1, 0)
+        told = struct.unpack(flock, fcntl.fcntl(self.fd, fcntl.F_GETLK, wanted))
+        return told[2:4] == (LOCK_PLACE, 1)
 
     def _refuse_if_disturbed(self) -> None:
         """Raise Error if somebody else has written to the file, or has emptied it.
@@ -4057,9 +4106,10 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
               or os.path.exists(options.backing_file)),
          f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "
          "protocol; put ./ before the name"),
-        (overlay and re.match("(file|host_device|host_cdrom):[^/]", options.backing_file or ""),
+        (overlay and (re.match("(file|host_device|host_cdrom):[^/]", options.backing_file or "")
+                      or not all(map(os.path.isabs, file_names_in_json(options.backing_file)))),
          f"QEMU looks for {quoted(options.backing_file or '')} from its own folder, not beside the "
-         "overlay; leave out what is before the colon, or give an absolute name"),
+         "overlay; give the name alone, or an absolute one"),
         (overlay and not options.backing_file,
          "the name of the backing file is empty; give one to --backing-file"),
         (overlay and not FORMATS.match(options.backing_format or ""),
@@ -4527,6 +4577,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     At once: nothing is left for Python to do. While it took itself down, a thread that begins
     only then would crash it (seen with Python 3.11), and with `-i` it would read commands next.
     """
+    # What Python says of threads that find no memory would, with 2>&1, get into the image.
+    sys.stderr = io.StringIO()
     try:
         status = run_to_status(argv)
     except SystemExit as ending:  # argparse's
@@ -4570,7 +4622,20 @@ def run_to_status(argv: Optional[Sequence[str]]) -> int:
         return end_by_signal(signal.SIGPIPE)
     except Interrupted as interruption:
         return end_by_signal(interruption.signum)
+    except Exception as error:
+        report(f"{PROGRAM}: error: a fault of this program, in line {last_line(error)}: {error!r}")
     return 1
+
+
+def last_line(error: BaseException) -> int:
+    """The line of this program that an exception comes from."""
+    trace = error.__traceback__
+    lines = [0]
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == main.__code__.co_filename:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return lines[-1]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Exit status 0 means a whole image; every other ending says why, and never by a traceback."""
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -247,6 +248,15 @@ def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> N
     )
     assert done.returncode == 0
     assert done.stdout == run(raw).stdout
+
+
+def test_a_file_that_its_caller_has_locked(disk: Path, tmp_path: Path) -> None:
+    """Against its own second run, as a backup script may do."""
+    with open(tmp_path / "image", "wb") as out:
+        fcntl.lockf(out, fcntl.LOCK_EX)
+        done = subprocess.run(command(disk), stdout=out, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "image").read_bytes() == stream(disk)
 
 
 @pytest.mark.parametrize("how", ["a second run", "emptied", "begun anew", "cut", "appended to"])

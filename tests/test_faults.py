@@ -33,6 +33,7 @@ from support.program import (
     Result,
     altered,
     assert_failed,
+    assert_refused,
     catches,
     command,
     run,
@@ -133,6 +134,73 @@ def test_a_device_that_grows(tmp_path: Path, loop_device: Callable[..., str]) ->
     os.truncate(raw, 5 * MIB)
     subprocess.run(["losetup", "--set-capacity", device], check=True)
     assert_failed(finish(program), device, "4194304 to 5242880")
+
+
+@pytest.mark.parametrize("change", ["write", "write to memory", "discard", "partition"])
+@pytest.mark.parametrize("way", ["by its name", "standard input"])
+def test_a_device_that_is_changed_while_it_streams(
+    tmp_path: Path, loop_device: Callable[..., str], change: str, way: str
+) -> None:
+    raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
+    device = loop_device(raw)
+    with open(device, "r+b", buffering=0) as somebody:
+        if way == "standard input":
+            program = start("-", "--size", "6M", stdin=somebody, bufsize=0)
+            words = ["standard input"]
+        else:
+            program = start(device, bufsize=0)
+            words = [device, "snapshot"]
+        head = program.stdout.read(1)
+        assert head == b"Q"
+        if change == "discard":
+            subprocess.run(["blkdiscard", "-o", "1M", "-l", "64K", device], check=True)
+        elif change == "partition":
+            needs(shutil.which("addpart") is not None, "addpart (util-linux)")
+            subprocess.run(["addpart", device, "1", "2048", "8192"], check=True)
+            try:
+                with open(f"{device}p1", "r+b", buffering=0) as partition:
+                    partition.write(b"new" * 1000)
+            finally:
+                remove_partition(device, 1)
+        else:
+            os.pwrite(somebody.fileno(), b"new" * 1000, 5 * MIB)
+            if change == "write":
+                os.fsync(somebody.fileno())
+        assert_failed(finish(program), *words)
+
+
+@pytest.mark.parametrize("way", ["by its name", "standard input", "qcow2"])
+def test_a_device_to_which_was_written_before(
+    tmp_path: Path, loop_device: Callable[..., str], way: str
+) -> None:
+    """And what was written is in memory still."""
+    raw = write_disk(tmp_path / "disk.raw", 6 * MIB, [(0, noise(6 * MIB))])
+    options, fmt = {
+        "by its name": ([], []),
+        "standard input": (["--size", "8M"], []),
+        "qcow2": (["-f", "qcow2"], ["-f", "qcow2"]),
+    }[way]
+    if way == "qcow2":
+        raw.write_bytes(stream(raw))
+    os.truncate(raw, 8 * MIB)
+    device = loop_device(raw)
+    with open(device, "r+b", buffering=0) as somebody:
+        for at in range(4):
+            os.pwrite(somebody.fileno(), noise(MIB // 2 + at, at), 7 * MIB)  # behind an image
+            with open(device, "rb") as opened:
+                done = subprocess.run(
+                    command("-" if way == "standard input" else device, *options),
+                    stdin=opened,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    check=False,
+                )
+            assert (done.returncode, done.stderr) == (0, b"")
+            with open(device, "rb") as opened:
+                (tmp_path / "now.raw").write_bytes(opened.read())
+            (tmp_path / "image").write_bytes(done.stdout)
+            now = [tmp_path / "now.raw", tmp_path / "image"]
+            subprocess.run(["qemu-img", "compare", *(fmt or ["-f", "raw"]), *now], check=True)
 
 
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite", "punch", "touch"])
@@ -739,6 +807,15 @@ def test_under_a_python_without_extras(disk: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, b""), flags
         assert done.stdout == stream(disk)
+
+
+def test_a_fault_of_the_program_itself(disk: Path, tmp_path: Path) -> None:
+    """That nobody has thought of: it is one line, too."""
+    broken = "import os\ndef fail(*rest): raise KeyError('what?')\nos.posix_fadvise = fail\n"
+    result = run(disk, env=altered(tmp_path, broken))
+    assert_refused(result, "a fault of this program, in line ", "KeyError('what?')")
+    number = int(result.stderr.split(" in line ")[1].split(":")[0])
+    assert "os.posix_fadvise" in PROGRAM.read_text().splitlines()[number - 1]
 
 
 @pytest.mark.parametrize("way", ["-i", "PYTHONINSPECT"])

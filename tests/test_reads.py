@@ -278,6 +278,20 @@ SYSTEMS = {
     "starts threads that never run": (
         "import _thread\n_thread.start_new_thread = lambda *rest: 1\n"
     ),
+    "starts threads that find no memory": (
+        "import queue\n"
+        "get = queue.Queue.get\n"
+        "def refuse(self, block=True):\n"
+        "    if block: raise MemoryError\n"
+        "    return get(self, block)\n"
+        "queue.Queue.get = refuse\n"
+    ),
+    "starts threads that find not even memory to begin with": (
+        "import _thread\n"
+        "start = _thread.start_new_thread\n"
+        "def refuse(*rest): raise MemoryError\n"
+        "_thread.start_new_thread = lambda *rest: start(refuse, ())\n"
+    ),
     "has no preadv": "import os\ndel os.preadv\n",
     "has no RWF_NOWAIT": "import os\ndel os.RWF_NOWAIT\n",
     "knows no holes": "import os\ndel os.SEEK_DATA\ndel os.SEEK_HOLE\n",
