@@ -1036,6 +1036,19 @@ def start_thread(work: Callable[[], Any]) -> Any:
     return at_work
 
 
+def wait_in_steps(wait: Callable[[float], bool], seconds: float) -> bool:
+    """Wait for something, but no longer. While the program is stopped (Ctrl-Z), no time counts.
+
+    wait    waits for some seconds; whether it was in time
+    """
+    while seconds > 0:
+        step = min(seconds, 1.0)
+        if wait(step):
+            return True
+        seconds -= step  # whatever the clock says
+    return False
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, act: Callable[[], Any]) -> Iterator[Any]:
     """Act, in another thread, if what is done inside takes longer. Yields an event: it did."""
@@ -1044,7 +1057,7 @@ def time_limit(seconds: float, act: Callable[[], Any]) -> Iterator[Any]:
     is_done, is_late = threading.Event(), threading.Event()
 
     def watch() -> None:
-        if not is_done.wait(seconds):
+        if not wait_in_steps(is_done.wait, seconds):
             is_late.set()
             act()
 
@@ -1814,7 +1827,8 @@ class Export:
 
     def _wait_until_ready(self) -> None:
         stdout = self._daemon.stdout
-        if not wait_for(stdout.fileno(), "POLLIN", QEMU_PATIENCE):
+        wait = functools.partial(wait_for, stdout.fileno(), "POLLIN")
+        if not wait_in_steps(wait, QEMU_PATIENCE):
             raise self._no_answer()
         if not os.read(stdout.fileno(), 1):
             complaints = complaint(self._stderr.text())

@@ -436,15 +436,39 @@ def test_a_daemon_that_hangs(dense_vmdk: Path, tmp_path: Path, daemon: str) -> N
     assert_refused(run_impatiently("-f", "vmdk", str(dense_vmdk), env=env), "does not answer")
 
 
-def run_impatiently(*arguments: str, **options: Any) -> Result:
-    """Run the program with less patience than the minute that it grants QEMU."""
-    impatient = (
+def impatient(*arguments: str, seconds: int = 1) -> List[str]:
+    """The command with less patience than the minute that the program grants QEMU."""
+    script = (
         f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import qcow2_to_stdout as p; "
-        "p.QEMU_PATIENCE = 1; p.main()"
+        f"p.QEMU_PATIENCE = {seconds}; p.main()"
     )
-    words = [*support.program.PREFIX, sys.executable, "-c", impatient, *arguments]
+    return [*support.program.PREFIX, sys.executable, "-c", script, *arguments]
+
+
+def run_impatiently(*arguments: str, **options: Any) -> Result:
+    words = impatient(*arguments)
     done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, check=False, **options)
     return Result(done.returncode, done.stdout, done.stderr.decode())
+
+
+def test_stopped_for_longer_than_a_slow_qemu_img_may_take(dense_vmdk: Path, tmp_path: Path) -> None:
+    """Ctrl-Z stops them both, and the clock goes on."""
+    work = "for at in range(20): time.sleep(0.1)"
+    script = f"#!{sys.executable}\nimport os, sys, time\n{work}\nos.execv('REAL', sys.argv)\n"
+    program = subprocess.Popen(
+        impatient("-f", "vmdk", str(dense_vmdk), seconds=5),
+        env=replaced(tmp_path, "qemu-img", script),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    time.sleep(1)
+    os.killpg(program.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.killpg(program.pid, signal.SIGCONT)
+    image, stderr = program.communicate(timeout=TIMEOUT)
+    assert (program.returncode, stderr) == (0, b"")
+    assert image == stream("-f", "vmdk", dense_vmdk)
 
 
 def test_a_server_that_says_nothing(tmp_path: Path) -> None:
