@@ -272,6 +272,7 @@ ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one fr
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
+CLOCK_BOOTTIME = 7  # Linux's, from time.h; time has it from Python 3.7 on
 SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 
@@ -3054,6 +3055,17 @@ def backing_name(path: str) -> str:
         return os.fsdecode(file.read(length))
 
 
+AGE_TICK = 0.02  # seconds: in such steps Linux tells when a process was started, and a bit more
+
+
+def process_age() -> Optional[float]:
+    """Seconds since this process was started; None where the system doesn't tell."""
+    with suppress_untold(), open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return None
+
+
 class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
@@ -3113,20 +3125,17 @@ class Output:
         if not is_stream:  # a reader with a short buffer loses the end of each packet
             raise Error("standard output is a pipe or a socket of packets; give it a stream")
 
-    def claim(self) -> None:
-        """Have a regular file or a block device for this run alone, where the system can do that.
+    def claim_device(self) -> None:
+        """Have a block device for this run alone, where the system can do that.
 
-        Raises Error if another run has it, or if a device is mounted or part of a volume.
+        It is opened as a mount does, and stays open, and so claimed, to the end. Raises Error if
+        another run has it, or if it is mounted or part of a volume.
         """
-        if stat.S_ISREG(self._status.st_mode):
-            self._claim_file()
-        elif self._is_block_device:
-            self._start = os.lseek(self.fd, 0, os.SEEK_CUR)
-            if sys.platform.startswith("linux"):
-                self._claim_device()
-
-    def _claim_device(self) -> None:
-        """Open a block device as a mount does. It stays open, and so claimed, to the end."""
+        if not self._is_block_device:
+            return
+        self._start = os.lseek(self.fd, 0, os.SEEK_CUR)
+        if not sys.platform.startswith("linux"):
+            return
         with suppress_untold():  # no /proc, or no right to read
             try:
                 os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
@@ -3138,8 +3147,13 @@ class Output:
                     "held by another program or run; write the image elsewhere"
                 ) from error
 
-    def _claim_file(self) -> None:
-        """Lock a regular file, so that no second run of this program writes into it."""
+    def claim_file(self) -> None:
+        """Lock a regular file, so that no second run of this program writes into it.
+
+        Raises Error if one has locked it, or has written to it since this program was started.
+        """
+        if not stat.S_ISREG(self._status.st_mode):
+            return
         import fcntl
 
         try:  # a place where no other program's locks are; it is free again when this process ends
@@ -3161,6 +3175,13 @@ class Output:
         if not kind.startswith("fuse"):  # a program may tell nothing until all is there
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
+        if self._start is not None and os.fstat(self.fd).st_size > self._start:
+            age = process_age()
+            if age is not None and time.time() - os.fstat(self.fd).st_mtime < age - AGE_TICK:
+                raise Error(
+                    "standard output is a file to which somebody else has written since this "
+                    "program was started; give it a name of its own"
+                )
 
     def _is_locked_by_a_run(self) -> bool:
         """Whether it is not just the caller who has locked the file, and so all of it."""
@@ -4369,6 +4390,8 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     """Go through the rooms. Raises Error, ConsumerGone, Interrupted."""
     refuse_contradictions(options)
     output = Output(1, is_text=options.measure)
+    if not options.measure:
+        output.claim_file()  # before sources are opened, which may take a while
     sources = open_sources(options, resources)
     disks = [sources.disk] + ([sources.base] if sources.base else [])
     output.refuse_if_among(file for disk in disks for file in disk.files)
@@ -4378,7 +4401,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
             options.backing_file, options.backing_format, sources.sizes_below()
         )
     if not options.measure:
-        output.claim()
+        output.claim_device()
 
     cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
     geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)

@@ -250,6 +250,30 @@ def test_closed_stdin_and_stderr_are_not_taken_for_the_disk(tmp_path: Path) -> N
     assert done.stdout == run(raw).stdout
 
 
+def test_a_file_that_another_run_has_written_while_this_one_began(
+    disk: Path, tmp_path: Path
+) -> None:
+    """Its shell has opened, and emptied, the file before; Python takes its time."""
+    late = altered(tmp_path, "import time\ntime.sleep(1)\n")
+    image = tmp_path / "image"
+    with open(image, "wb") as out:
+        late_run = start(disk, "-c", "4096", stdout=out, env=late)
+        with open(image, "wb") as other:
+            subprocess.run(command(disk), stdout=other, check=True)
+        assert_failed(finish(late_run), "somebody else has written")
+    assert image.read_bytes() == stream(disk)
+
+
+@pytest.mark.parametrize("mode", ["r+b", "ab"])
+def test_a_file_that_is_written_over_or_appended_to(disk: Path, tmp_path: Path, mode: str) -> None:
+    """Such as systemd's StandardOutput=file:…, which empties nothing."""
+    image = tmp_path / "image"
+    for _ in range(2):
+        with open(image, mode if image.exists() else "wb") as out:
+            subprocess.run(command(disk), stdout=out, check=True)
+    assert image.read_bytes() == stream(disk) * (2 if mode == "ab" else 1)
+
+
 def test_a_file_that_its_caller_has_locked(disk: Path, tmp_path: Path) -> None:
     """Against its own second run, as a backup script may do."""
     with open(tmp_path / "image", "wb") as out:
