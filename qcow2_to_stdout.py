@@ -3039,9 +3039,13 @@ def file_names_in_json(name: str) -> List[str]:
         return []
     import json
 
-    texts = re.findall(r'filename"\s*:\s*("(?:[^"\\]|\\.)*")', name)
+    # QEMU takes single quotes as well.
+    pattern = r"""filename["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')"""
+    texts = []
+    for double, single in re.findall(pattern, name):
+        texts.append(double or re.sub(r'(?<!\\)"', r"\"", single.replace("\\'", "'")))
     with contextlib.suppress(ValueError):
-        return [json.loads(text) for text in texts]
+        return [json.loads(f'"{text}"') for text in texts]
     return []
 
 
@@ -3055,11 +3059,11 @@ def backing_name(path: str) -> str:
         return os.fsdecode(file.read(length))
 
 
-AGE_TICK = 0.02  # seconds: in such steps Linux tells when a process was started, and a bit more
+START_TICK = 0.02  # seconds: in hundredths Linux tells when a process was started; and a bit more
 
 
 def process_age() -> Optional[float]:
-    """Seconds since this process was started; None where the system doesn't tell."""
+    """Seconds since this process was started, or a hundredth more; None where nobody tells."""
     with suppress_untold(), open("/proc/self/stat") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
         return time.clock_gettime(CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -3175,13 +3179,24 @@ class Output:
         if not kind.startswith("fuse"):  # a program may tell nothing until all is there
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
-        if self._start is not None and os.fstat(self.fd).st_size > self._start:
-            age = process_age()
-            if age is not None and time.time() - os.fstat(self.fd).st_mtime < age - AGE_TICK:
-                raise Error(
-                    "standard output is a file to which somebody else has written since this "
-                    "program was started; give it a name of its own"
-                )
+        if self._start is not None and self._was_filled(self._start):
+            raise Error(
+                "standard output is a file to which somebody else has written an image since this "
+                "program was started; give it a name of its own"
+            )
+
+    def _was_filled(self, start: int) -> bool:
+        """Whether another run has written its image there since this process was started."""
+        status, age = os.fstat(self.fd), process_age()
+        if status.st_size <= start or age is None:
+            return False
+        if not 0 <= time.time() - status.st_mtime < age - START_TICK:
+            return False
+        with suppress_untold():  # no right to read
+            # Not to be closed: the lock would be gone with it.
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.pread(fd, len(MAGIC), start) == MAGIC
+        return False
 
     def _is_locked_by_a_run(self) -> bool:
         """Whether it is not just the caller who has locked the file, and so all of it."""
@@ -3271,8 +3286,8 @@ class Output:
                 if is_image and align_up(status.st_size, SECTOR_SIZE) not in sizes:
                     raise Error(
                         f"the backing file {quoted(path)} is no raw disk, as --backing-format "
-                        "says: it begins as a qcow2 image does, and its size is another; give -F "
-                        "qcow2"
+                        "says: it begins as a qcow2 image does, and has another size than the "
+                        "disk; is it -F qcow2?"
                     )
                 return
             if not is_image:
@@ -3880,7 +3895,7 @@ def cluster_size_argument(text: str) -> int:
         return int(size or 0)
     hint = f"; did you mean {size}K?" if size and size * 1024 in CLUSTER_SIZES else ""
     if parse_size(text.rstrip("iBb")) in CLUSTER_SIZES:
-        hint = "; leave the B out"
+        hint = f"; write {text.rstrip('iBb')}"
     raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 512 to 2M{hint}")
 
 
@@ -3888,7 +3903,8 @@ def size_argument(text: str) -> int:
     """A disk's size in bytes."""
     size = parse_size(text)
     if size is None:
-        hint = "; leave the B out" if parse_size(text.rstrip("iBb")) is not None else ""
+        plain = text.rstrip("iBb")
+        hint = f"; write {plain}" if parse_size(plain) is not None else ""
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of bytes, perhaps with K, M, G, T, P or E{hint}"
         )
@@ -4280,7 +4296,8 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
         try:
             base = open_disk(base_image, resources, base_size, known_base.ranges)
         except Error as error:
-            if options.diff_format is not None or base_image.format == "raw":
+            is_said = options.diff_format is not None or base_image.format == "raw"
+            if is_said or os.path.isdir(options.diff) or not os.path.exists(options.diff):
                 raise
             raise Error(
                 f"{error} (without --diff-format, BASE is {base_image.format}, as INPUT is)"
@@ -4318,10 +4335,10 @@ def open_disk(
     if image.name == "-" and not image.is_options:
         return RawSource(StreamFile(size or 0))
     if not image.is_options and PROTOCOLS.match(image.name) and not os.path.exists(image.name):
-        raise Error(
-            f"there is no file {quoted(image.name)}; a remote disk is named by --image-opts, such "
-            "as driver=rbd,pool=…,image=…"
-        )
+        hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
+        if image.name.startswith(("file:", "host_")):
+            hint = "leave out what is before the colon"
+        raise Error(f"there is no file {quoted(image.name)}; {hint}")
     if image.is_options or image.format != "raw":
         source = open_image(image, resources)
         if size is not None:
@@ -4373,8 +4390,8 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
         )
     if external and geometry.cluster_size == SECTOR_SIZE:
         raise Error(
-            "an external data file needs clusters of at least 1024 bytes: its name does not fit "
-            "into a first cluster of 512; choose a larger --cluster-size"
+            "an external data file needs clusters of at least 1024 bytes, for its name; choose a "
+            "larger --cluster-size"
         )
     header = Header(
         version=2 if options.compat == "0.10" else 3,

@@ -274,6 +274,17 @@ def test_a_file_that_is_written_over_or_appended_to(disk: Path, tmp_path: Path, 
     assert image.read_bytes() == stream(disk) * (2 if mode == "ab" else 1)
 
 
+@pytest.mark.parametrize("how", ["fallocate -l 9M out", "touch -d 2035-01-01 out"])
+def test_a_file_that_was_made_ready_meanwhile(disk: Path, tmp_path: Path, how: str) -> None:
+    """By a shell that becomes the program, or by a clock that is not ours."""
+    (tmp_path / "out").write_bytes(stream(disk) if how.startswith("touch") else b"")
+    script = f'sleep 0.1; {how}; exec "$@" 1<> out'
+    words = ["bash", "-c", script, "bash", *map(str, command(disk))]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    image = stream(disk)
+    assert (tmp_path / "out").read_bytes()[: len(image)] == image
+
+
 def test_a_file_that_its_caller_has_locked(disk: Path, tmp_path: Path) -> None:
     """Against its own second run, as a backup script may do."""
     with open(tmp_path / "image", "wb") as out:

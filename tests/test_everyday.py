@@ -451,7 +451,7 @@ def test_what_a_stream_cannot_be(tmp_path: Path, words: List[str], reason: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("1X", "bytes"), ("100GB", "leave the B out"), ("-1", "--size"), ("", "")]
+    ("text", "hint"), [("1X", "bytes"), ("100GB", "write 100G"), ("-1", "--size"), ("", "")]
 )
 def test_sizes_that_are_none(text: str, hint: str) -> None:
     result = run("-", f"--size={text}")

@@ -445,6 +445,7 @@ def test_an_output_that_its_own_backing_file_lies_on(
         "ABSOLUTE",
         "file:ABSOLUTE",
         'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "ABSOLUTE"}}',
+        "json:{'driver': 'qcow2', 'file.filename': 'ABSOLUTE'}",
     ],
 )
 def test_an_output_that_its_own_backing_file_stands_on(
@@ -661,7 +662,8 @@ def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
         (["-c", "64", "x"], "did you mean 64K?"),
         (["-c", "1000", "x"], "power of two"),
         (["-c", "4M", "x"], "power of two"),
-        (["-c", "64KB", "x"], "leave the B out"),
+        (["-c", "64KB", "x"], "write 64K"),
+        (["-c", "64KiB", "x"], "write 64K"),
         (["-c", "", "x"], "power of two"),
         (["-c", "-512", "x"], "-c"),
         (["-r", "3", "x"], "1, 2, 4, 8, 16, 32 or 64"),
