@@ -19,9 +19,10 @@ from typing import Any, List, NamedTuple, Optional
 import pytest
 from support.disks import noise, padded
 from support.importer import Image, read_image
-from support.program import PYTHON, TIMEOUT, assert_refused, command, run, stream
+from support.program import COVERAGE, TIMEOUT, assert_refused, command, run, stream
 
 OLDEST = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.6*/bin/python3")))
+THEIRS = OLDEST[0] if OLDEST and not COVERAGE else None  # coverage does not follow that one
 MIB = 1 << 20
 
 
@@ -70,7 +71,7 @@ def export(vdi: Vdi, base: Optional[Vdi] = None, *options: str, base_map: bool =
         arguments += [option, str(reader)]
     left, right = socket.socketpair()
     program = subprocess.Popen(
-        command(*arguments, *options, python=OLDEST[0] if OLDEST else PYTHON),
+        command(*arguments, *options, python=THEIRS),
         stdout=left.fileno(),
         stderr=subprocess.PIPE,
         pass_fds=descriptors,
