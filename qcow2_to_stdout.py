@@ -15,7 +15,7 @@ through five rooms, one after the other, and the file below is arranged in the s
 
     options -> sources -> scan -> plan -> write
 
-    format   what qcow2 is: numbers in, bytes out
+    format   what qcow2 is: numbers to bytes, and bytes to numbers
     sources  where guest bytes are stored, and how they are read
     scan     what each guest cluster will be: unallocated, zero or data
     plan     where everything goes in the file, and how large it becomes
@@ -35,7 +35,6 @@ import collections
 import contextlib
 import errno
 import functools
-import io
 import itertools
 import operator
 import os
@@ -45,62 +44,22 @@ import struct
 import sys
 import time
 from array import array
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
-TYPE_CHECKING = False  # type checkers take it for true, whatever it says
-if TYPE_CHECKING:
-    from typing import (
-        Any,
-        Callable,
-        Collection,
-        Deque,
-        Dict,
-        Generator,
-        Iterable,
-        Iterator,
-        List,
-        NamedTuple,
-        Optional,
-        Sequence,
-        Tuple,
-        Union,
-    )
-else:
-    # The names alone. typing takes longer to import than a small disk to export, and its
-    # named tuples nearly as long again to be made: together some 8 ms.
-
-    class _Subscriptable:
-        def __getitem__(self, _item):
-            return self
-
-    Any = Callable = Collection = Deque = Dict = Generator = Iterable = _Subscriptable()
-    Iterator = List = Optional = Sequence = Tuple = Union = _Subscriptable()
-
-    class NamedTuple(tuple):
-        """An immutable record: the fields are the class's annotations."""
-
-        __slots__ = ()
-
-        def __init_subclass__(cls):
-            fields = list(cls.__annotations__)
-            defaults = [getattr(cls, name) for name in fields if hasattr(cls, name)]
-            cls._fields, cls._defaults = tuple(fields), defaults
-            for index, name in enumerate(fields):
-                setattr(cls, name, property(operator.itemgetter(index)))
-
-        def __new__(cls, *values, **named):
-            """Fields by position or name; those with a default may be left out."""
-            if len(values) < len(cls._fields):
-                rest = cls._fields[len(values) :]
-                defaults = dict(zip(cls._fields[-len(cls._defaults) :], cls._defaults))
-                values += tuple(named[n] if n in named else defaults[n] for n in rest)
-            return tuple.__new__(cls, values)
-
-        def _replace(self, **named):
-            """A copy with some fields changed."""
-            return type(self)(*(named.get(n, v) for n, v in zip(self._fields, self)))
-
-
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 PROGRAM = "qcow2_to_stdout.py"
 
@@ -109,19 +68,25 @@ class Error(Exception):
     """Something that the user, the disk or the consumer did: one line on stderr, exit 1."""
 
 
+class ReadError(Error):
+    """Some bytes of a disk can't be read; others may."""
+
+
 def quoted(name: str) -> str:
     """A file's name as it may stand in a message: on one line, without control characters."""
     return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) + "'"
 
 
-def reason(error: OSError) -> str:
+def reason(error: Exception) -> str:
     """What the system says of an error, without Python's own decoration."""
-    return os.strerror(error.errno) if error.errno else str(error)
+    number = getattr(error, "errno", None)
+    hint = "; raise the limit of open files (ulimit -n)" if number == errno.EMFILE else ""
+    return os.strerror(number) + hint if number else str(error)
 
 
 # ---------------------------------------------------------------------------------------------
-# Format: what qcow2 is. Constants named as in the specification; pure functions that turn
-# numbers into bytes. Nothing here knows of files, disks or options.
+# Format: what qcow2 is, in both directions. Constants named as in the specification; pure
+# functions between numbers and bytes. Nothing here knows of files, disks or options.
 # ---------------------------------------------------------------------------------------------
 
 MAGIC = b"QFI\xfb"  # the first bytes of an image
@@ -136,13 +101,18 @@ OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
 OFLAG_COMPRESSED = 1 << 62  # the other bits are a compressed cluster descriptor's
 OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
 INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_DATA_FILE_NAME = 0x44415441
 EXTENSION_FEATURE_NAME_TABLE = 0x6803F857
+EXTENSION_BITMAPS = 0x23852875
 
 MAX_L1_BYTES = 32 << 20  # QCOW_MAX_L1_SIZE in QEMU's block/qcow2.h: no larger table is opened
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # QCOW_MAX_REFTABLE_SIZE in the same place
@@ -173,6 +143,8 @@ HEADER_FIELDS = (
     ("compression_type", "B"),
     ("padding", "7s"),
 )
+HEADER_STRUCT = struct.Struct(">" + "".join(code for _, code in HEADER_FIELDS))
+HEADER_LENGTH = {2: 72, 3: 112}  # bytes; version 3 as QEMU 9.0 writes it
 
 # Type (0 incompatible, 1 compatible, 2 autoclear), bit, name: the eight that QEMU writes.
 FEATURE_NAMES = (
@@ -197,19 +169,52 @@ def align_up(number: int, unit: int) -> int:
     return div_up(number, unit) * unit
 
 
-HEADER_LENGTH = {2: 72, 3: 112}  # bytes; version 3 as QEMU 9.0 writes it
-
-
 def pack_header(fields: Dict[str, Any]) -> bytes:
     """The header's bytes, as many as its version has. Fields that are not named are zero."""
-    codes = ">" + "".join(code for _, code in HEADER_FIELDS)
     values = [fields.get(name, b"" if code.endswith("s") else 0) for name, code in HEADER_FIELDS]
-    return struct.pack(codes, *values)[: HEADER_LENGTH[fields["version"]]]
+    return HEADER_STRUCT.pack(*values)[: HEADER_LENGTH[fields["version"]]]
+
+
+def unpack_header(data: bytes) -> Dict[str, Any]:
+    """The fields of a header, from the first bytes of a file. What it does not reach is zero.
+
+    Raises ValueError for anything that does not begin as a version 2 or 3 header does.
+    """
+    version = int.from_bytes(data[4:8], "big")
+    if data[:4] != MAGIC or version not in HEADER_LENGTH or len(data) < HEADER_LENGTH[2]:
+        raise ValueError("it has no qcow2 header")
+    length = HEADER_LENGTH[2]
+    if version == 3:
+        length = int.from_bytes(data[100:104], "big")
+    padded = data[: min(length, HEADER_STRUCT.size)].ljust(HEADER_STRUCT.size, b"\0")
+    fields = dict(zip((name for name, _ in HEADER_FIELDS), HEADER_STRUCT.unpack(padded)))
+    if version == 2:
+        fields.update(refcount_order=4, header_length=length)
+    return fields
 
 
 def pack_extension(kind: int, payload: bytes) -> bytes:
     """One header extension (section "Header extensions"), padded to a multiple of 8 bytes."""
     return struct.pack(">II", kind, len(payload)) + payload.ljust(align_up(len(payload), 8), b"\0")
+
+
+def unpack_extensions(data: bytes) -> Dict[int, bytes]:
+    """The payloads of the header extensions by type; data begins with the first of them.
+
+    Raises ValueError where one does not end within data.
+    """
+    extensions = {}
+    position = 0
+    while position + 8 <= len(data):
+        kind, length = struct.unpack_from(">II", data, position)
+        if not kind:
+            break
+        position += 8
+        if position + length > len(data):
+            raise ValueError("a header extension is longer than its place")
+        extensions[kind] = data[position : position + length]
+        position += align_up(length, 8)
+    return extensions
 
 
 def feature_name_table() -> bytes:
@@ -225,6 +230,14 @@ def pack_entries(entries: "array[int]") -> bytes:
         entries = entries[:]
         entries.byteswap()
     return entries.tobytes()
+
+
+def unpack_entries(data: bytes) -> "array[int]":
+    """Table entries (typecode Q, host order) from the big-endian bytes that the file has."""
+    entries = array("Q", data)
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
 
 
 def entry_range(first: int, step: int, count: int) -> "array[int]":
@@ -259,80 +272,180 @@ def refcount_ones(count: int, refcount_bits: int) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sources: where guest bytes are. A source has a size and extents, each in one place of one
-# file, and can be read into a buffer. Only this room opens and reads disks.
+# Sources: where guest bytes are. A source has a size, extents (where its bytes are stored, in
+# guest order), a way to read them, and a watch over what would change them. Only this room
+# opens and reads disks.
 # ---------------------------------------------------------------------------------------------
 
 _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
-LINUX_SEEK_HOLE = 4  # from fs.h; PyPy takes it, but doesn't name it
-ACCESS_MODE = os.O_RDONLY | os.O_WRONLY | os.O_RDWR  # the bits that tell one from another
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
-LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
+HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
+MAX_ZERO_HEADS = 4  # heads of zeros in a row, until all the rest is read as well
+_ZERO_HEAD = bytes(HEAD_SIZE)
+_ZERO_HEADS = bytes(MAX_ZERO_HEADS)
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
-CLOCK_BOOTTIME = 7  # Linux's, from time.h; time has it from Python 3.7 on
-SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
+SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
+
+Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
+
+UNAVAILABLE = (  # errnos of a look at the system where it does not answer, or not us
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ESRCH,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTCONN,
+    errno.ESTALE,
+)
+
+
+@contextlib.contextmanager
+def ignore_unavailable() -> Iterator[None]:
+    """Go on where the system does not answer a question, or not us.
+
+    Raises Error where it could, but not just now, as with too few descriptors: what guards
+    somebody's disk must not go blind by that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNAVAILABLE:
+            what = quoted(error.filename) if isinstance(error.filename, str) else "a disk"
+            raise Error(f"cannot look at {what}: {reason(error)}") from error
+
+
+def libc_call(name: str, *arguments: Any) -> int:
+    """Call a function of the C library; -1 if it fails, or if there is no way to call it."""
+    try:
+        import ctypes
+
+        return int(getattr(ctypes.CDLL(None), name)(*arguments))
+    except (ImportError, OSError, AttributeError):
+        return -1
+
+
+def sys_folder(device: int) -> str:
+    """Where Linux describes a block device."""
+    return f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+
+
+def file_identity(status: os.stat_result) -> Tuple[int, ...]:
+    """What tells one file or device from another: (device number,), or (file system, inode)."""
+    if stat.S_ISBLK(status.st_mode):
+        return (status.st_rdev,)
+    return (status.st_dev, status.st_ino)
+
+
+class Watch:
+    """What a disk consists of, as it was found: open files and block devices.
+
+    Of a file its size and the time of its last change count, of a block device its size and
+    what has been written to it on this host.
+    """
+
+    def __init__(self) -> None:
+        self._found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
+
+    def add(self, fd: int, label: str) -> None:
+        """Watch what an open descriptor leads to. label: what it is called in messages."""
+        self._found.append((label, fd, self._state(fd, is_thorough=True)))
+
+    def add_all(self, other: "Watch") -> None:
+        """Watch whatever another one does, since it does."""
+        self._found += other._found
+
+    def identities(self) -> Iterator[Tuple[str, int]]:
+        """(label, descriptor) of all that is watched."""
+        for label, fd, _ in self._found:
+            yield label, fd
+
+    def check(self, is_last: bool = False) -> Optional[str]:
+        """What has changed, in words; None if nothing has.
+
+        is_last     ask as thoroughly as the system can answer: that may take its time
+        """
+        for label, fd, before in self._found:
+            try:
+                after = self._state(fd, is_last)
+            except OSError as error:
+                raise Error(f"cannot look at {label}: {reason(error)}") from error
+            if after[0] != before[0]:
+                return f"{label} changed while it was read: its size went from {before[0]} to " + (
+                    f"{after[0]} bytes"
+                )
+            if after[1:] != before[1:]:
+                return f"{label} changed while it was read: it was written to"
+        return None
+
+    @staticmethod
+    def _state(fd: int, is_thorough: bool) -> Tuple[Any, ...]:
+        status = os.fstat(fd)
+        if stat.S_ISBLK(status.st_mode):
+            if is_thorough:
+                # What is only in memory is written first, so that it counts now and not later.
+                # (fsync() would have the disk's own memory written as well, which takes its time.)
+                libc_call("sync_file_range", fd, 0, 0, SYNC_FILE_RANGE_AND_WAIT)
+            fields = []  # type: List[str]
+            with ignore_unavailable(), open(sys_folder(status.st_rdev) + "/stat") as file:
+                fields = file.read().split()  # see the kernel's Documentation/block/stat.rst
+            return (os.lseek(fd, 0, os.SEEK_END), fields[6:7], fields[13:14])  # written, discarded
+        if is_thorough and stat.S_ISREG(status.st_mode) and not os.major(status.st_dev):
+            # On no disk of this host: a network file system may answer from its memory.
+            flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
+            libc_call("statx", fd, b"", flags, STATX_BASIC_STATS, bytes(STATX_SIZE))
+            status = os.fstat(fd)
+        return (status.st_size, status.st_mtime_ns)
 
 
 class DiskFile:
     """A regular file or block device, opened for reading only.
 
-    name    as the user gave it
-    path    the same without symbolic links
-    fd      its descriptor
-    size    in bytes, when it was opened
+    path        its name
+    label       what it is called in messages
+    fd          its descriptor
+    size        in bytes, when it was opened
+    identity    equal for two names of one file or one device, different otherwise
     """
 
-    can_sendfile = True
-    _sectors_changed = None  # type: Optional[Tuple[str, ...]]  # of a block device
+    is_remote = False
+    block_size = SECTOR_SIZE  # bytes: the smallest unit that can be bad
 
-    def __init__(self, path: str, name: Optional[str] = None, is_export: bool = False) -> None:
-        """Open path. Raises Error if it is missing, unreadable or nothing that holds a disk.
-
-        is_export   it is a FUSE export, which answers the current time for its own: whether the
-                    image has changed is asked elsewhere
-        """
-        self.name = name = path if name is None else name
-        self._is_export = is_export
+    def __init__(self, path: str, watch: Watch, label: Optional[str] = None) -> None:
+        """Open path, and watch it. Raises Error if it is missing, unreadable or no disk."""
+        self.path = path
+        self.label = quoted(path) if label is None else label
         try:
-            self.path = os.path.realpath(path)
             # Look before opening: to open a FIFO would wait for its other end.
             self._refuse_unless_disk(os.stat(path).st_mode)
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._found = file_status(self.fd)
-            self.is_regular = stat.S_ISREG(self._found.st_mode)
-            if self.is_regular and not is_export:
-                wait_for_write(self.fd)
+            status = os.fstat(self.fd)
+            self.is_regular = stat.S_ISREG(status.st_mode)
+            self.identity = file_identity(status)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
-            self._look_at_device()
-            if not self.size and self.is_regular:
-                self._refuse_if_longer()
+            watch.add(self.fd, self.label)
+            self.advise(0, 0, "RANDOM")  # heads of clusters are far from each other
         except (OSError, ValueError) as error:
-            why = reason(error) if isinstance(error, OSError) else str(error)
-            raise Error(f"cannot open {quoted(name)}: {why}") from error
-        if not self.size and stat.S_ISBLK(self._found.st_mode):
-            raise Error(f"cannot read {quoted(name)}: the device is empty; attach what it shows")
-
-    def _look_at_device(self) -> None:
-        """Begin to watch a block device, and to see it as it is."""
-        if stat.S_ISBLK(self._found.st_mode):
-            self._sectors_changed = sectors_changed(self.fd)
-            # What somebody has read of it before may be old by now: a partition's content, or a
-            # mounted file system's, has a memory of its own.
-            DiskFile.advise(self, 0, 0, "DONTNEED")
-
-    def _was_written_to(self) -> bool:
-        """Whether somebody has written to it, or discarded, as far as the system tells."""
-        now = file_status(self.fd)
-        if stat.S_ISREG(now.st_mode):
-            return now.st_mtime_ns != self._found.st_mtime_ns
-        before, after = self._sectors_changed, None
-        if before is not None:
-            after = sectors_changed(self.fd)
-        return after is not None and after != before
+            raise Error(f"cannot open {self.label}: {reason(error)}") from error
+        if not self.is_regular and not self.size:
+            raise Error(f"cannot read {self.label}: the device is empty; attach what it shows")
+        if not self.is_regular and has_other_views(self.identity[0]):
+            # A partition and a mounted file system have memories of their own: what has been
+            # read of this device before may be old by now.
+            self.advise(0, 0, "DONTNEED")
+        if self.is_regular:
+            self._refuse_if_longer()
 
     def _refuse_unless_disk(self, mode: int) -> None:
         kinds = (
@@ -343,32 +456,24 @@ class DiskFile:
         )
         for is_kind, kind in kinds:
             if is_kind(mode):
-                hint = ", or --size SIZE - < FIFO" if is_kind is stat.S_ISFIFO else ""
-                raise Error(
-                    f"cannot read {quoted(self.name)}: it is {kind}; give a regular file or a "
-                    f"block device{hint}"
-                )
+                hint = "; give a regular file or a block device"
+                if is_kind is stat.S_ISFIFO:
+                    hint = "; a stream is read by --size SIZE - < FIFO"
+                raise Error(f"cannot read {self.label}: it is {kind}{hint}")
 
     def _refuse_if_longer(self) -> None:
+        """Some file systems (procfs, sysfs) know no sizes."""
         try:
-            is_longer = self.size < MAX_SIZE and os.pread(self.fd, 1, self.size)
+            is_longer = not self.size and os.pread(self.fd, 1, 0)
         except OSError as error:
-            raise self.read_error(self.size, error) from error
+            raise self.read_error(0, error) from error
         if is_longer:
-            raise Error(
-                f"cannot read {self.label}: it holds more than the {self.size} bytes that it says "
-                "it has"
-            )
+            raise Error(f"cannot read {self.label}: it holds more than the 0 bytes that it has")
 
     def close(self) -> None:
         """Close the descriptor. That the file's server is gone has been said where it matters."""
         with contextlib.suppress(OSError):
             os.close(self.fd)
-
-    @property
-    def identity(self) -> Tuple[int, ...]:
-        """Equal for two names of one file or one device, different otherwise."""
-        return file_identity(self._found)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill all of view from offset on, in as many calls as the system wants.
@@ -390,43 +495,45 @@ class DiskFile:
             view = view[count:]
             offset += count
 
-    def look_at_heads(self, offsets: Iterable[int], times: List[float]) -> bytearray:
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from offset on. Raises Error as read_into() does."""
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def look_at_heads(self, offsets: "range") -> bytearray:
         """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
 
-        A head that the file's end cuts counts as zeros. Ends early after PATIENCE in a row.
-
-        times   where the clock is noted: before the first read, and after each
+        A head that the file's end cuts counts as zeros. Ends early after MAX_ZERO_HEADS in a row.
         """
-        pread, fd, now = os.pread, self.fd, time.monotonic
+        pread, fd = os.pread, self.fd
         flags = bytearray()
         offset = -1
-        times.append(now())
         try:
             for offset in offsets:
                 head = pread(fd, HEAD_SIZE, offset)
-                times.append(now())
                 found = head != _ZERO_HEAD and len(head) == HEAD_SIZE
                 flags.append(found)
-                if not found and flags.endswith(_IMPATIENT):
+                if not found and flags.endswith(_ZERO_HEADS):
                     break
         except OSError as error:
             raise self.read_error(offset, error) from error
         return flags
 
-    def read_error(self, offset: int, error: OSError) -> Error:
+    def read_error(self, offset: int, error: OSError) -> ReadError:
         """What to raise where a read fails."""
-        return Error(f"cannot read {self.label} at offset {offset}: {reason(error)}")
+        return ReadError(f"cannot read {self.label} at offset {offset}: {reason(error)}")
 
     def ended_early(self, offset: int) -> Error:
         """What to raise where there is nothing left to read."""
         if offset >= self.size:
             return Error(
-                f"{quoted(self.name)} is truncated: it has {self.size} bytes, and its image says "
-                "that data lies behind them"
+                f"{self.label} is truncated: it has {self.size} bytes, and its image says that "
+                "data lies behind them"
             )
         return Error(
-            f"{quoted(self.name)} became shorter while it was read: it ends at offset {offset} "
-            f"now, it had {self.size} bytes; export a snapshot instead"
+            f"{self.label} became shorter while it was read: it ends at offset {offset} now, it "
+            f"had {self.size} bytes; export a snapshot instead"
         )
 
     def advise(self, offset: int, length: int, how: str) -> None:
@@ -437,26 +544,24 @@ class DiskFile:
                 os.posix_fadvise(self.fd, offset, length, advice)
 
     def is_cached(self, offset: int) -> bool:
-        """Whether a byte is in memory, as far as the kernel tells; False if it doesn't."""
+        """Whether a byte is in memory; True where the kernel does not answer."""
         if _RWF_NOWAIT is None or _PREADV is None:
-            return False
+            return True
         try:
             return bool(_PREADV(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EAGAIN
 
-    def data_extents(self, end: int) -> Iterator[Tuple[int, int]]:
-        """(start, end) of what is not a hole before end, as far as the file system can tell.
+    def data_ranges(self, end: int, start: int = 0) -> Iterator[Range]:
+        """(start, end) of what is not a hole from start to end, as far as the file system can tell.
 
         All of it where it can't, or where what it tells can't be: block devices, some file
         systems, some Pythons.
         """
-        if self.is_regular:
-            self._refuse_if_longer()
         if not self.is_regular or _SEEK_DATA is None or _SEEK_HOLE is None:
-            yield 0, end
+            yield start, end
             return
-        position = 0
+        position = start
         while position < end:
             try:
                 start = os.lseek(self.fd, position, _SEEK_DATA)
@@ -473,377 +578,258 @@ class DiskFile:
             if start < end:
                 yield start, min(hole, end)
 
-    def refuse_if_replaced(self) -> None:
-        """Raise Error if the name leads elsewhere now: QEMU has opened it a second time."""
-        with contextlib.suppress(OSError):
-            if file_identity(os.stat(self.name)) == self.identity:
-                return
-        raise Error(f"{quoted(self.name)} was replaced while it was opened; run the program again")
 
-    def check_unchanged(self) -> None:
-        """Raise Error if the file is not what it was when it was opened.
-
-        That is its size and the time of its last change or, of a block device, what has been
-        written to it on this host.
-        """
-        if self._is_export:
-            return
-        try:
-            was_written_to = self._was_written_to()
-            size = os.lseek(self.fd, 0, os.SEEK_END)
-        except OSError as error:
-            raise self.read_error(self.size, error) from error
-        if size != self.size:
-            what = f"its size went from {self.size} to {size} bytes"
-        elif was_written_to:
-            what = "it was written to"
-        else:
-            return
-        raise self.changed(what)
-
-    def changed(self, what: str) -> Error:
-        """What to raise where the file is not what it was."""
-        return Error(
-            f"{self.label} changed while it was read: {what}; the image is not consistent, "
-            "export a snapshot instead"
-        )
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return quoted(self.name)
+def has_other_views(device: int) -> bool:
+    """Whether a partition or a mount may have its own idea of a block device, on Linux."""
+    folder = sys_folder(device)
+    numbers = [f"{os.major(device)}:{os.minor(device)}"]
+    with ignore_unavailable():
+        parts = [name for name in os.listdir(folder) if name.isalnum() or "p" in name]
+        if os.path.exists(f"{folder}/partition") or any(
+            os.path.exists(f"{folder}/{name}/partition") for name in parts
+        ):
+            return True
+    return is_mounted(numbers)
 
 
-def file_status(fd: int) -> os.stat_result:
-    """What the system says of an open file; of one on a network file system, what its server does.
-
-    Of those the system keeps size and times for seconds or minutes: another host may have written
-    to the file since.
-    """
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and not os.major(status.st_dev):  # on no disk of this host
-        flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
-        if libc_call("statx", fd, b"", flags, STATX_BASIC_STATS, bytes(STATX_SIZE)) == 0:
-            return os.fstat(fd)
-    return status
+def is_mounted(numbers: Sequence[str]) -> bool:
+    """Whether one of these devices (as "major:minor") is mounted, as far as Linux tells."""
+    with ignore_unavailable(), open("/proc/self/mountinfo", "rb") as mounts:
+        return any(line.split()[2].decode("ascii") in numbers for line in mounts)
+    return False
 
 
-def sectors_changed(fd: int) -> Optional[Tuple[str, ...]]:
-    """How much has been written to a block device, and discarded, since it is there, in sectors.
-
-    None where the system doesn't tell. What is only in memory yet is written first, so that it
-    counts now and not while the device is read. (fsync() would have the disk's own memory
-    written as well, which takes its time.)
-    """
-    if libc_call("sync_file_range", fd, 0, 0, SYNC_FILE_RANGE_AND_WAIT) == 0:
-        with suppress_untold(), open(_sys_folder(os.fstat(fd).st_rdev) + "/stat") as file:
-            fields = file.read().split()  # see the kernel's Documentation/block/stat.rst
-            return (*fields[6:7], *fields[13:14])
-    return None
+# A run of guest bytes that are stored one after the other: (start, end, file, offset, stored).
+#
+#   start, end  guest offsets in bytes, end exclusive
+#   file        what holds them: a DiskFile, or whatever else has its methods (an NBD export)
+#   offset      where in that file the byte of `start` is
+#   stored      0; of a part of a compressed cluster, the bytes at `offset` that hold all of the
+#               cluster (an upper bound), and `file` is the Qcow2Image that can inflate() them
+#
+# A plain tuple: there are millions of them.
+Extent = Tuple[int, int, Any, int, int]
 
 
-def wait_for_write(fd: int) -> None:
-    """Wait until a write to a regular file, if one is under way, has come to its end.
-
-    The time of a change is told when a write begins: what it changes later would go unnoticed.
-    Linux's file systems lock a file while they write, for whoever asks for its holes (ext4,
-    btrfs, tmpfs) or reads (XFS).
-    """
-    with contextlib.suppress(OSError):
-        position = os.lseek(fd, 0, os.SEEK_CUR)  # others may share it
-        with contextlib.suppress(OSError):
-            os.lseek(fd, 0, LINUX_SEEK_HOLE)
-        os.lseek(fd, position, os.SEEK_SET)
-        if os.major(os.fstat(fd).st_dev):
-            os.pread(fd, 1, 0)
+def joined(ranges: Iterable[Range]) -> Iterator[Range]:
+    """Sorted ranges as disjoint ones: those that touch or overlap become one."""
+    start = end = 0
+    for next_start, next_end in ranges:
+        if next_start > end:
+            if end > start:
+                yield start, end
+            start = next_start
+        end = max(end, next_end)
+    if end > start:
+        yield start, end
 
 
-def file_identity(status: os.stat_result) -> Tuple[int, ...]:
-    """What tells one file or device from another: (device number,), or (file system, inode)."""
-    if stat.S_ISBLK(status.st_mode):
-        return (status.st_rdev,)
-    return (status.st_dev, status.st_ino)
+@functools.lru_cache(maxsize=4)
+def zeros(length: int) -> bytes:
+    """So many zeros, made once."""
+    return bytes(length)
 
 
-UNTOLD = (  # what a look at the system meets where that does not tell something, or not us
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENODEV,
-    errno.ENXIO,
-    errno.ESRCH,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EINVAL,
-    errno.ENOTTY,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTCONN,
-    errno.ESTALE,
-)
-
-
-@contextlib.contextmanager
-def suppress_untold() -> Iterator[None]:
-    """Leave it where the system doesn't tell something, or not us.
-
-    Raises Error where it could, but not just now, as with too few descriptors: what guards
-    somebody's disk must not go blind by that.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNTOLD:
-            what = quoted(error.filename) if isinstance(error.filename, str) else "a disk"
-            raise Error(f"cannot look at {what}: {reason(error)}") from error
-
-
-def layers_below(identity: Tuple[int, ...], fd: Optional[int] = None) -> Iterator[Tuple[int, ...]]:
-    """The identities of a file or device and of all that it lies on, on Linux.
-
-    A file lies on its file system's device (if it tells one: not so btrfs, overlayfs and
-    remote ones), a loop device on what it shows, a partition on its disk, a mapped device on its
-    slaves.
-
-    fd      a descriptor of it, if there is one
-    """
-    yield identity
-    if len(identity) > 1:
-        if os.major(identity[0]):
-            yield from layers_below(identity[:1])
-        return
-    shown = shown_by_loop(identity, fd)
-    if shown != identity:
-        yield from layers_below(shown)
-    folder = os.path.realpath(_sys_folder(identity[0]))
-    below = []
-    with suppress_untold():
-        os.stat(os.path.join(folder, "partition"))
-        below.append(os.path.dirname(folder))
-    with suppress_untold():
-        slaves = os.path.join(folder, "slaves")
-        below += [os.path.join(slaves, name) for name in os.listdir(slaves)]
-    for each in below:
-        with suppress_untold(), open(os.path.join(each, "dev")) as file:
-            major, minor = map(int, file.read().split(":"))
-            yield from layers_below((os.makedev(major, minor),))
-
-
-def shown_by_loop(identity: Tuple[int, ...], fd: Optional[int] = None) -> Tuple[int, ...]:
-    """The identity of the file or device that a loop device shows; of anything else, its own.
-
-    The device itself is asked: a name of its file may lead elsewhere by now. What /sys says of
-    that name counts only where the device can't be opened.
-
-    fd      a descriptor of it: without one, its name in /dev is needed
-    """
-    # Its partitions, which have another number, would answer for it, but don't show all of it.
-    if len(identity) > 1 or os.major(identity[0]) != LOOP_MAJOR:
-        return identity
-    if not sys.platform.startswith("linux"):
-        return identity
-    import fcntl
-
-    folder = _sys_folder(identity[0])
-    device = None
-    try:
-        with suppress_untold():  # no loop device, or not for us
-            if fd is None:
-                name = os.path.basename(os.path.realpath(folder))
-                fd = device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            answer = fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
-            place, inode, number = struct.unpack_from("QQQ", answer)  # number: if it is a device
-            return (place, inode) if number in (0, place) else (number,)
-    finally:
-        if device is not None:
-            os.close(device)
-    with suppress_untold(), open(f"{folder}/loop/backing_file", "rb") as file:
-        return file_identity(os.stat(file.read().rstrip(b"\n")))
-    return identity
-
-
-def tells_of_devices() -> bool:
-    """Whether the system says which device lies on which: Linux does, where /sys is there."""
-    return not sys.platform.startswith("linux") or os.path.isdir("/sys/dev/block")
-
-
-def _sys_folder(device: int) -> str:
-    return f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
-
-
-Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
-
-
-class Extent(NamedTuple):
-    """A run of guest bytes, all stored one after the other in one file.
-
-    start, end  guest offsets in bytes, end exclusive
-    file        where they are stored
-    offset      where in that file the byte of `start` is
-    """
-
-    start: int
-    end: int
-    file: DiskFile
-    offset: int
-
-    @property
-    def place(self) -> Tuple[Any, ...]:
-        """Equal for extents that show the same bytes of the same file at the same address.
-
-        By its path as well: not every file system gives two files two numbers.
-        """
-        return (self.file.path, self.file.identity, self.offset - self.start)
+def cut(item: Any, start: int, end: int) -> Any:
+    """The part of a range or an extent that lies between start and end."""
+    if len(item) == 2:
+        return start, end
+    first, _, file, offset, stored = item
+    return start, end, file, offset if stored else offset + start - first, stored
 
 
 class Source:
     """A disk: its size, where its bytes are stored, and a way to read them.
 
     size    of the disk in bytes, not rounded to sectors
-    files   all files that are read, or whose change would change the disk
+    watch   what would change the disk if it changed
     """
 
-    def __init__(self, size: int, files: List[DiskFile]) -> None:
+    is_salvaged = False  # no file of it may be read but by read_into()
+
+    def __init__(self, size: int, watch: Watch) -> None:
         self.size = size
-        self.files = files
+        self.watch = watch
 
     def extents(self) -> Iterator[Extent]:
-        """All that may hold anything but zeros, in guest order."""
+        """All that may hold anything but zeros, in guest order.
+
+        Lazily, and anew with each call. Extents don't overlap, and end with the disk.
+        """
         raise NotImplementedError
 
-    def stored(self, start: int, end: int) -> Iterator[Extent]:
-        """Where the guest bytes from start to end are to be read; holes need not be told."""
-        raise NotImplementedError
+    def finish(self) -> Optional[str]:
+        """Expect the end of a stream. Returns a warning, if there is something to be said."""
+        return None
 
-    def read_into(self, view: memoryview, start: int) -> None:
-        """Fill view with guest bytes from start on; what is stored nowhere is zeros."""
+    def read_into(self, view: memoryview, start: int, extents: Sequence[Extent]) -> None:
+        """Fill view with guest bytes from start on; what is stored nowhere is zeros.
+
+        extents     those between start and the view's end, in order. Any thread may ask.
+        """
         position = start
-        for extent in self.stored(start, start + len(view)):
-            clear(view[position - start : extent.start - start])
-            position = extent.end
-            extent.file.read_into(view[extent.start - start : position - start], extent.offset)
+        for first, end, file, offset, stored in extents:
+            clear(view[position - start : first - start])
+            position = end
+            part = view[first - start : end - start]
+            if stored:
+                cluster = file.inflate(offset, stored)
+                at = first % len(cluster)
+                part[:] = memoryview(cluster)[at : at + len(part)]
+            else:
+                file.read_into(part, offset)
         clear(view[position - start :])
 
-    def expect_reads(self, how: str) -> None:
-        """Tell the kernel whether reads to come are RANDOM, so not worth reading ahead."""
-        for file in self.files:
-            file.advise(0, 0, how)
-
-    def check_unchanged(self) -> None:
-        """Raise Error if any file is not what it was when it was opened."""
-        for file in self.files:
-            file.check_unchanged()
+    def is_damaged(self, _start: int, _end: int) -> bool:
+        """Whether something between two guest offsets could not be read, and became zeros."""
+        return False
 
 
 class RawSource(Source):
-    """A disk whose guest bytes lie in one file, each at its own offset."""
+    """A disk whose guest bytes lie in one file, each at its own offset.
+
+    The file is a DiskFile, or anything with its methods that holds a disk.
+    """
 
     def __init__(
-        self, file: DiskFile, size: Optional[int] = None, ranges: Optional[Iterable[Range]] = None
+        self,
+        file: Any,
+        watch: Watch,
+        size: Optional[int] = None,
+        ranges: Optional[Iterable[Range]] = None,
     ) -> None:
         """The disk in a file.
 
         size    where the disk ends, if not with the file
-        ranges  what may hold anything but zeros, if somebody knows better than the file system
+        ranges  what may hold anything but zeros (sorted, disjoint; iterated with each call), if
+                somebody knows better than the file
         """
-        super().__init__(file.size if size is None else min(size, file.size), [file])
-        self._file = file
+        super().__init__(file.size if size is None else min(size, file.size), watch)
+        self.file = file
         self._ranges = ranges
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        ranges = self._file.data_extents(self.size) if self._ranges is None else self._ranges
+        ranges = self.file.data_ranges(self.size) if self._ranges is None else self._ranges
         for start, end in ranges:
             if start < self.size:
-                yield Extent(start, min(end, self.size), self._file, start)
+                yield start, min(end, self.size), self.file, start, 0
 
-    def stored(self, start: int, end: int) -> Iterator[Extent]:
-        """Where the guest bytes from start to end are to be read; holes need not be told."""
-        if start < self.size:
-            yield Extent(start, min(end, self.size), self._file, start)
 
-    def read_into(self, view: memoryview, start: int) -> None:
-        """Fill view with guest bytes from start on; what is stored nowhere is zeros."""
-        if start + len(view) <= self.size:
-            self._file.read_into(view, start)
-        else:
-            super().read_into(view, start)
+class SalvageSource(Source):
+    """Another disk of which zeros take the place of what can't be read.
+
+    damage  the byte ranges of the guest that became zeros, in no order
+    """
+
+    is_salvaged = True
+
+    def __init__(self, disk: Source) -> None:
+        super().__init__(disk.size, disk.watch)
+        self.damage = []  # type: List[Range]
+        self._disk = disk
+
+    def extents(self) -> Iterator[Extent]:
+        """All that may hold anything but zeros, in guest order."""
+        return self._disk.extents()
+
+    def read_into(self, view: memoryview, start: int, extents: Sequence[Extent]) -> None:
+        """Fill view with guest bytes from start on; what can't be read is zeros."""
+        try:
+            self._disk.read_into(view, start, extents)
+        except ReadError:
+            clear(view)
+            for extent in extents:
+                self._read_pieces(view[extent[0] - start : extent[1] - start], extent)
+
+    def _read_pieces(self, view: memoryview, extent: Extent) -> None:
+        start, end, file, offset, stored = extent
+        try:
+            self._disk.read_into(view, start, [extent])
+        except ReadError:
+            # Of a compressed cluster all is lost, else cut at a block near the middle.
+            unit = 1 if stored else file.block_size
+            last = (offset + end - start - 1) // unit * unit - offset
+            half = min(align_up(offset + (end - start) // 2, unit) - offset, last)
+            if stored or half <= 0:
+                clear(view)
+                self.damage.append((start, end))
+                return
+            for at, to in ((start, start + half), (start + half, end)):
+                part = start, end, file, offset, stored
+                self._read_pieces(view[at - start : to - start], cut(part, at, to))
+
+    def is_damaged(self, start: int, end: int) -> bool:
+        """Whether something between two guest offsets could not be read, and became zeros."""
+        return any(start < last and first < end for first, last in self.damage)
+
+
+def clear(view: memoryview) -> None:
+    """Set a buffer to zeros."""
+    if len(view):
+        view[:] = bytes(len(view))
 
 
 PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any machine
+END_OF_INPUT_TIMEOUT = 2.0  # seconds that standard input may stay open when it has given all
 
 
-def is_stream_socket(fd: int) -> bool:
-    """Whether a socket is a stream, and does not keep packets apart."""
-    import socket
+class StreamFile:
+    """Standard input: a disk that comes byte after byte, and only once.
 
-    # What kind it is said to be here does not matter to the system.
-    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
-        return opened.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+    It has the methods of a DiskFile, for offsets that only rise.
+    """
 
+    fd = None
+    is_remote = False
+    label = "standard input"
+    identity = (-1,)
 
-class StreamFile(DiskFile):
-    """Standard input: a disk that comes byte after byte, and only once."""
-
-    can_sendfile = False
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, watch: Watch) -> None:
         """A stream that must have just `size` bytes."""
-        self.name = "-"
-        self.fd = 0
         self.size = size
         self._position = 0
         self._rest = b""
-        self._found = file_status(0)
-        if stat.S_ISSOCK(self._found.st_mode) and not is_stream_socket(0):
-            raise Error("standard input is a socket of packets; give it a stream")
+        mode = os.fstat(0).st_mode
+        if stat.S_ISSOCK(mode):
+            import socket
+
+            if socket_kind(0)[0] != socket.SOCK_STREAM:
+                raise Error("standard input is a socket of packets; give it a stream")
         if os.isatty(0):
             raise Error(
                 "standard input is a terminal, which changes bytes; give it a pipe or a file"
             )
-        self._look_at_device()
-        if stat.S_ISREG(self._found.st_mode):
-            wait_for_write(0)
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            refuse_direct(0, mode, self.label)
+            watch.add(0, self.label)
 
-    def close(self) -> None:
-        """It is not ours to close."""
-
-    def check_unchanged(self) -> None:
-        """Raise Error if it is a file or a device, and not what it was; else it is gone."""
-        if self._was_written_to():
-            raise self.changed("it was written to")
-
-    @property
-    def label(self) -> str:
-        """What it is called in messages."""
-        return "standard input"
+    def data_ranges(self, end: int) -> Iterator[Range]:
+        """All of it: nothing can be known of a stream."""
+        yield 0, end
 
     def advise(self, offset: int, length: int, how: str) -> None:
-        """There is nothing to tell the kernel of a stream."""
-
-    def is_cached(self, offset: int) -> bool:
-        """Nothing can be read ahead: as good as in memory."""
-        return True
+        """There is nothing that a kernel could do for a stream."""
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill view from offset on, which must not lie behind what has been read."""
-        self.skip_to(offset)
+        """Fill view from offset on, which must not lie before what has been read."""
+        self._skip_to(offset)
         while len(view):
             count = self._read(view)
             if not count:
-                raise self.ended_early(self._position)
+                raise Error(
+                    f"standard input ended after {self._position} bytes, but --size says "
+                    f"{self.size}; the image is not whole"
+                )
             view = view[count:]
 
-    def skip_to(self, offset: int) -> None:
-        """Read on and forget."""
+    def _skip_to(self, offset: int) -> None:
         waste = memoryview(bytearray(min(offset - self._position, 1 << 20)))
         while self._position < offset:
-            if not self._read(waste[: offset - self._position]):
-                raise self.ended_early(self._position)
+            self.read_into(waste[: offset - self._position], self._position)
 
     def _read(self, view: memoryview) -> int:
-        data = self._rest or self._receive(min(len(view), READ_SIZE))
+        data = self._rest or self._receive(len(view))
         self._rest = data[len(view) :]
         data = data[: len(view)]
         view[: len(data)] = data
@@ -854,27 +840,45 @@ class StreamFile(DiskFile):
         while True:
             try:
                 # A pipe may keep packets apart, and what is not read of one is lost.
-                return os.read(self.fd, max(length, PIPE_PACKET))
+                return os.read(0, max(length, PIPE_PACKET))
             except BlockingIOError:
-                wait_for(self.fd, "POLLIN")
+                wait_for(0, "POLLIN")
             except OSError as error:
-                raise self.read_error(self._position, error) from error
+                raise Error(
+                    f"cannot read standard input at offset {self._position}: {reason(error)}"
+                ) from error
 
-    def ended_early(self, offset: int) -> Error:
-        """What to raise where the stream is shorter than it was said to be."""
-        return Error(
-            f"standard input ended after {offset} bytes, but --size says {self.size}; the image is "
-            "not whole"
-        )
+    def expect_end(self) -> Optional[str]:
+        """Raise Error if the stream has more bytes than it was said to have.
 
-    def expect_end(self) -> None:
-        """Raise Error unless the stream has just the bytes that it was said to have."""
-        self.skip_to(self.size)
+        Returns a warning if it is still open some seconds after the last byte.
+        """
+        self._skip_to(self.size)
+        if not self._rest and not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
+            return f"standard input is still open after the {self.size} bytes that --size says"
         if self._read(memoryview(bytearray(1))):
             raise Error(
                 f"standard input goes on after the {self.size} bytes that --size says; the image "
                 "is not whole"
             )
+        return None
+
+
+class StreamSource(RawSource):
+    """The disk that standard input is."""
+
+    def finish(self) -> Optional[str]:
+        """Expect the end of the stream, which is all that may come now."""
+        return self.file.expect_end()  # type: ignore[no-any-return]  # it is a StreamFile
+
+
+def refuse_direct(fd: int, mode: int, what: str) -> None:
+    """Raise Error if a descriptor takes whole blocks only or, of a pipe, keeps packets apart."""
+    import fcntl
+
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
+        kind = "a pipe of packets" if stat.S_ISFIFO(mode) else "opened with O_DIRECT"
+        raise Error(f"{what} is {kind}; redirect it by the shell's | or < and >")
 
 
 def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
@@ -886,330 +890,1145 @@ def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
     return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
-class ChainSource(Source):
-    """A disk whose guest bytes lie in the members of a backing chain, at known offsets.
+# Reading qcow2 without QEMU: the extents of an image and of the chain below it, table by table.
 
-    The extents are kept in arrays: there can be millions of them.
+F_OFD_GETLK = 36  # Linux's, from fcntl.h
+QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
+MAX_SNAPSHOTS = 65536  # as many as QEMU reads
+ALL_SUBCLUSTERS = (1 << 32) - 1  # of each cluster, in the bitmap of an extended L2 entry
+SNAPSHOT_STRUCT = struct.Struct(">QIHHIIQII")  # section "Snapshots" of the specification
+BITMAP_STRUCT = struct.Struct(">QIIBBHI")  # section "Bitmap directory"
+BITMAP_IN_USE, BITMAP_AUTO, DIRTY_BITMAP = 1, 2, 1  # flags, and the only type
+
+
+_zstd_contexts = {}  # type: Dict[int, Any]  # of each thread
+
+
+class NeedsQemu(Exception):
+    """An image has something that is not read here."""
+
+
+@functools.lru_cache(maxsize=1)
+def libzstd() -> Any:
+    """The system's zstd library; None where there is none."""
+    try:
+        import ctypes
+
+        library = ctypes.CDLL("libzstd.so.1")
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        for name, result, arguments in (
+            ("ZSTD_createDCtx", pointer, []),
+            ("ZSTD_decompressDCtx", size, [pointer, pointer, size, pointer, size]),
+            ("ZSTD_findFrameCompressedSize", size, [pointer, size]),
+            ("ZSTD_isError", ctypes.c_uint, [size]),
+        ):  # type: Tuple[str, Any, List[Any]]
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        return library
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+def has_zstd() -> bool:
+    """Whether zstd can be read: with the system's library, or by Python 3.14."""
+    if libzstd() is not None:
+        return True
+    try:
+        import_zstd()
+    except ImportError:
+        return False
+    return True
+
+
+def import_zstd() -> Any:
+    """Python's own zstd. Raises ImportError before 3.14."""
+    import importlib
+
+    return importlib.import_module("compression.zstd")
+
+
+def inflate_zlib(data: bytes, size: int) -> bytes:
+    """A cluster of `size` bytes from raw deflate, whatever follows. Raises ValueError."""
+    import zlib
+
+    try:
+        return zlib.decompressobj(-15).decompress(data, size)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+
+
+def inflate_zstd(data: bytes, size: int) -> bytes:
+    """A cluster of `size` bytes from zstd frames, whatever follows. Raises ValueError."""
+    library = libzstd()
+    cluster = bytearray(size)
+    done = position = 0
+    if library is None:
+        zstd = import_zstd()
+        while done < size:
+            frame = zstd.ZstdDecompressor()
+            try:
+                part = frame.decompress(data, size - done)
+            except zstd.ZstdError as error:
+                raise ValueError(str(error)) from error
+            if not part:
+                break
+            cluster[done : done + len(part)] = part
+            done, data = done + len(part), frame.unused_data
+        return bytes(cluster[:done])
+    import _thread
+    import ctypes
+
+    thread = _thread.get_ident()
+    if thread not in _zstd_contexts:
+        _zstd_contexts[thread] = library.ZSTD_createDCtx()
+    source = ctypes.create_string_buffer(data, len(data))
+    start, target = ctypes.addressof(source), (ctypes.c_char * size).from_buffer(cluster)
+    while done < size:
+        # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
+        length = library.ZSTD_findFrameCompressedSize(start + position, len(data) - position)
+        if library.ZSTD_isError(length):
+            break
+        count = library.ZSTD_decompressDCtx(
+            _zstd_contexts[thread],
+            ctypes.addressof(target) + done,
+            size - done,
+            start + position,
+            length,
+        )
+        if library.ZSTD_isError(count) or not length:
+            break
+        done, position = done + count, position + length
+    return bytes(cluster[:done])
+
+
+class Qcow2Image:
+    """One qcow2 image: where its guest clusters are, as its tables say.
+
+    file            the image's own file
+    size            of the disk in bytes
+    cluster_size    bytes
+    backing_file    the name in the header, or None
+    backing_format  of that, or None
     """
 
-    def __init__(self, size: int, members: List[DiskFile]) -> None:
-        super().__init__(size, members)
-        self._starts = array("Q")
-        self._ends = array("Q")
-        self._offsets = array("Q")
-        self._depths = array("L")
+    def __init__(
+        self,
+        path: str,
+        watch: Watch,
+        resources: contextlib.ExitStack,
+        snapshot: Optional[str] = None,
+        needs_tables: bool = True,
+    ) -> None:
+        """Read the header and the L1 table.
 
-    def add(self, start: int, length: int, depth: int, offset: int, is_raw: bool) -> None:
-        """Tell that guest bytes from start on lie in member `depth` at offset; in guest order."""
-        behind = offset + length - self.files[depth].size
-        if is_raw and 0 < behind < SECTOR_SIZE:  # QEMU counts its last sector as whole
-            length -= behind
-        self._starts.append(start)
-        self._ends.append(start + length)
-        self._offsets.append(offset)
-        self._depths.append(depth)
+        snapshot        the ID or the name of an internal one whose disk is meant
+        needs_tables    not only the header and what it leads to is wanted
 
-    def _extent(self, index: int) -> Extent:
-        file = self.files[self._depths[index]]
-        return Extent(self._starts[index], self._ends[index], file, self._offsets[index])
+        Raises Error for what is no image, or a broken one, NeedsQemu for what is not read here.
+        """
+        self.file = DiskFile(path, watch)
+        resources.callback(self.file.close)
+        self.identity = self.file.identity
+        first = self.file.read(0, min(self.file.size, 2 << 20))
+        try:
+            self.header = header = unpack_header(first)
+        except ValueError as error:
+            raise Error(f"{self.file.label} is no qcow2 image: {error}") from error
+        bits, version = header["cluster_bits"], header["version"]
+        if not 9 <= bits <= 21:
+            raise self.corrupt(f"clusters of 2^{bits} bytes")
+        self.cluster_size = 1 << bits
+        if version == 3 and not 104 <= header["header_length"] <= self.cluster_size:
+            raise self.corrupt(f"a header of {header['header_length']} bytes")
+        if needs_tables:
+            self._read_features(header)
+        self.size = header["size"] // SECTOR_SIZE * SECTOR_SIZE
+        self._has_zero_flag = version > 2
+        try:
+            self._extensions = unpack_extensions(first[header["header_length"] : self.cluster_size])
+        except ValueError as error:
+            raise self.corrupt(str(error)) from error
+        name = first[header["backing_file_offset"] :][: header["backing_file_size"]]
+        has_name = header["backing_file_offset"] and name
+        self.backing_file = os.fsdecode(name) if has_name else None
+        backing_format = self._extensions.get(EXTENSION_BACKING_FORMAT)
+        self.backing_format = backing_format and os.fsdecode(backing_format)
+        if not needs_tables:
+            return
+        self._open_data_file(watch, resources)
+        offset, count = header["l1_table_offset"], header["l1_size"]
+        if snapshot is not None:
+            offset, count, self.size = self._find_snapshot(snapshot)
+        self._read_l1(offset, count)
+        # For the last table that was decoded, and for tables whose entries rise evenly.
+        self._decoded = (-1, [], [])  # type: Tuple[int, List[Extent], List[int]]
+        digits = (1).to_bytes(ENTRY_SIZE, "big")
+        self._ones = int.from_bytes(digits * self._table_entries, "big")
+        ramp = pack_entries(entry_range(0, self.cluster_size, self._table_entries))
+        self._ramp = int.from_bytes(ramp, "big")
+
+    def corrupt(self, what: str) -> Error:
+        """What to raise for an image that can't be right."""
+        return Error(f"{self.file.label} is corrupt: it has {what}; qemu-img check says more")
+
+    def _read_features(self, header: Dict[str, Any]) -> None:
+        features = header["incompatible_features"]
+        self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
+        self._is_extended = bool(features & INCOMPATIBLE_EXTENDED_L2)
+        known = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE
+        known |= INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2
+        kind = header["compression_type"] if header["header_length"] > 104 else 0
+        if bool(kind) != bool(features & INCOMPATIBLE_COMPRESSION):
+            raise self.corrupt("a compression type that its features don't match")
+        if features & ~known or header["crypt_method"] or kind > 1 or (kind and not has_zstd()):
+            raise NeedsQemu()
+        if self._is_extended and self.cluster_size < 16 << 10:
+            raise self.corrupt("subclusters of less than a sector")
+        self._inflate = inflate_zstd if kind else inflate_zlib
+        self.compression_type = "zstd" if kind else "zlib"
+        entry_size = 2 * ENTRY_SIZE if self._is_extended else ENTRY_SIZE
+        self._table_entries = self.cluster_size // entry_size
+        self._reach = self._table_entries * self.cluster_size  # of an L2 table, in bytes
+
+    def _open_data_file(self, watch: Watch, resources: contextlib.ExitStack) -> None:
+        self._data_file = self.file
+        if not self._is_external:
+            return
+        name = os.fsdecode(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
+        if not name:
+            raise NeedsQemu()
+        # QEMU looks for it in the current folder, and people beside the image.
+        beside = os.path.join(os.path.dirname(self.file.path), name)
+        self._data_file = DiskFile(name, watch)
+        resources.callback(self._data_file.close)
+        with ignore_unavailable():
+            if file_identity(os.stat(beside)) != self._data_file.identity:
+                raise Error(
+                    f"the data file {quoted(name)} of {self.file.label} is looked for in the "
+                    "current folder, but the image's folder has one as well; change to that folder"
+                )
+
+    def _read_l1(self, offset: int, count: int) -> None:
+        length = count * ENTRY_SIZE
+        needed = div_up(self.size, self._reach)
+        if length > MAX_L1_BYTES or count < needed:
+            raise self.corrupt(f"an L1 table of {count} entries for {self.size} bytes")
+        if offset % self.cluster_size and count:
+            raise self.corrupt(f"an L1 table at offset {offset}")
+        self._l1 = unpack_entries(self._read(offset, needed * ENTRY_SIZE))
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if offset + length > self.file.size:
+            raise self.file.ended_early(self.file.size)
+        return self.file.read(offset, length)
+
+    def _find_snapshot(self, wanted: str) -> Tuple[int, int, int]:
+        """(offset and entries of a snapshot's L1 table, its disk's size)."""
+        position, count = self.header["snapshots_offset"], self.header["nb_snapshots"]
+        if count > MAX_SNAPSHOTS:
+            raise self.corrupt(f"{count} snapshots")
+        by_id = {}  # type: Dict[str, Tuple[int, int, int]]
+        by_name = {}  # type: Dict[str, Tuple[int, int, int]]
+        for _ in range(count):
+            fields = SNAPSHOT_STRUCT.unpack(self._read(position, SNAPSHOT_STRUCT.size))
+            offset, entries, id_size, name_size, *_, extra_size = fields
+            position += SNAPSHOT_STRUCT.size
+            extra = self._read(position, min(extra_size, 16))
+            name_bytes = self._read(position + extra_size, id_size + name_size)
+            size = int.from_bytes(extra[8:], "big") if len(extra) == 16 else self.size
+            found = offset, entries, size // SECTOR_SIZE * SECTOR_SIZE
+            by_id.setdefault(os.fsdecode(name_bytes[:id_size]), found)
+            by_name.setdefault(os.fsdecode(name_bytes[id_size:]), found)
+            length = SNAPSHOT_STRUCT.size + extra_size + id_size + name_size
+            position += align_up(length, 8) - SNAPSHOT_STRUCT.size
+        if wanted not in by_id and wanted not in by_name:
+            names = ", ".join(map(quoted, by_name)) or "none"
+            raise Error(f"{self.file.label} has no snapshot {quoted(wanted)}; it has {names}")
+        return by_id[wanted] if wanted in by_id else by_name[wanted]
+
+    def inflate(self, offset: int, stored: int) -> bytes:
+        """The cluster that is compressed in `stored` bytes at an offset. For any thread."""
+        try:
+            cluster = self._inflate(self.file.read(offset, stored), self.cluster_size)
+        except ValueError:
+            cluster = b""
+        if len(cluster) != self.cluster_size:
+            raise ReadError(
+                f"cannot read {self.file.label}: the compressed cluster at offset {offset} is "
+                "damaged"
+            )
+        return cluster
+
+    def runs(self, start: int, end: int) -> Iterator[Extent]:
+        """What the image itself says of guest bytes from start to end, in order.
+
+        Extents whose file is None are zeros; of what is between them, the backing file decides.
+        """
+        end = min(end, self.size)
+        for index in range(start // self._reach, div_up(end, self._reach)):
+            if self._decoded[0] != index:
+                extents = self._decode(index) if self._l1[index] & OFFSET_MASK else []
+                self._decoded = index, extents, [extent[1] for extent in extents]
+            _, extents, ends = self._decoded
+            if not extents:
+                continue
+            import bisect
+
+            for at in range(bisect.bisect_right(ends, start), len(extents)):
+                extent = extents[at]
+                if extent[0] >= end:
+                    return
+                if extent[0] < start or extent[1] > end:
+                    yield cut(extent, max(start, extent[0]), min(end, extent[1]))
+                else:
+                    yield extent
+
+    def check_end(self) -> None:
+        """Raise Error if the last table in use, or what it leads to, lies behind the file's end."""
+        for index in reversed(range(len(self._l1))):
+            if self._l1[index] & OFFSET_MASK:
+                self._decode(index)
+                return
+
+    def _decode(self, index: int) -> List[Extent]:
+        """The runs of the clusters in one L2 table (section "Cluster mapping")."""
+        offset = self._l1[index] & OFFSET_MASK
+        if offset % self.cluster_size:
+            raise self.corrupt(f"an L2 table at offset {offset}")
+        table = self._read(offset, self.cluster_size)
+        if table == zeros(len(table)):
+            return []
+        entries = unpack_entries(table)
+        start, size = index * self._reach, self.cluster_size
+        first, last = entries[0], entries[-1]
+        if not self._is_extended and first & OFFSET_MASK and last - first == self._reach - size:
+            is_plain = not first & (OFLAG_COMPRESSED | size - 1)
+            if is_plain and int.from_bytes(table, "big") - first * self._ones == self._ramp:
+                run = start, start + self._reach, self._data_file, first & OFFSET_MASK, 0
+                return list(self._within_file([run]))
+        find = self._subcluster_runs if self._is_extended else self._cluster_runs
+        return list(self._within_file(find(entries, start)))
+
+    def _cluster_runs(self, entries: "array[int]", start: int) -> Iterator[Extent]:
+        """Runs of clusters that follow each other in the file too."""
+        size, data_file, has_zero_flag = self.cluster_size, self._data_file, self._has_zero_flag
+        is_external = self._is_external
+        first = end = start
+        file, shift = None, None  # type: Any, Optional[int]  # of the run: offset minus guest's
+        for entry in entries:
+            if not entry & OFLAG_COMPRESSED:
+                offset = entry & OFFSET_MASK
+                if entry & OFLAG_ZERO and has_zero_flag:
+                    next_shift, next_file = 0, None
+                elif offset or (is_external and entry & OFLAG_COPIED):
+                    next_shift, next_file = offset - start, data_file
+                else:
+                    start += size
+                    continue
+                if next_shift != shift or next_file is not file or start != end:
+                    if end > first:
+                        yield first, end, file, first + (shift or 0), 0
+                    first, shift, file = start, next_shift, next_file
+                if entry & size - 1 & ~OFLAG_ZERO or (entry & OFLAG_ZERO and not has_zero_flag):
+                    raise self.corrupt(f"the L2 entry {entry:#x}")
+                end = start + size
+            else:
+                if end > first:
+                    yield first, end, file, first + (shift or 0), 0
+                first = end = start + size
+                yield self._compressed(entry, start)
+            start += size
+        if end > first:
+            yield first, end, file, first + (shift or 0), 0
+
+    def _compressed(self, entry: int, start: int) -> Extent:
+        """The cluster of a descriptor (section "Compressed Clusters Descriptor")."""
+        bits = 62 - (self.header["cluster_bits"] - 8)
+        offset = entry & (1 << bits) - 1
+        sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
+        stored = (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
+        stored = min(stored, self.file.size - offset)  # it is an upper bound
+        if stored <= 0 or self._is_external:
+            raise self.file.ended_early(self.file.size)
+        return start, start + self.cluster_size, self, offset, stored
+
+    def _subcluster_runs(self, entries: "array[int]", start: int) -> Iterator[Extent]:
+        """The same of extended L2 entries (section "Extended L2 Entries")."""
+        size = self.cluster_size
+        unit = size // 32
+        for index in range(0, len(entries), 2):
+            entry, bitmap = entries[index], entries[index + 1]
+            offset = entry & OFFSET_MASK
+            if entry & OFLAG_COMPRESSED:
+                yield self._compressed(entry, start)
+            elif entry or bitmap:
+                allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> 32
+                has_place = offset or (self._is_external and entry & OFLAG_COPIED)
+                if allocated & zero or (allocated and not has_place) or offset % size:
+                    raise self.corrupt(f"the L2 entry {entry:#x} with bitmap {bitmap:#x}")
+                for bits, file in ((allocated, self._data_file), (zero, None)):
+                    if bits == ALL_SUBCLUSTERS:
+                        yield start, start + size, file, offset, 0
+                if ALL_SUBCLUSTERS not in (allocated, zero):
+                    states = ((allocated >> at & 1) + 2 * (zero >> at & 1) for at in range(32))
+                    at = 0
+                    for state, group in itertools.groupby(states):
+                        count = len(list(group))
+                        first, end = start + at * unit, start + (at + count) * unit
+                        if state:
+                            file = self._data_file if state == 1 else None
+                            yield first, end, file, offset + at * unit, 0
+                        at += count
+            start += size
+
+    def _within_file(self, runs: Iterable[Extent]) -> Iterator[Extent]:
+        """The runs up to the disk's end. Raises Error where a file ends before its data."""
+        for run in runs:
+            start, end, file, offset, stored = run
+            end = min(end, self.size)
+            if file is not None and not stored and offset + end - start > file.size:
+                if not self._is_external:
+                    raise file.ended_early(file.size)
+                end = start + max(0, file.size - offset)  # behind the end of a data file: zeros
+                if end < run[1]:
+                    yield max(start, end), min(run[1], self.size), None, 0, 0
+            if end > start:
+                yield start, end, file, offset, stored
+
+    def refuse_if_open_for_writing(self) -> None:
+        """Raise Error if QEMU has the image open for writing: its tables would change.
+
+        QEMU's locks are asked for, not taken.
+        """
+        import fcntl
+
+        flock = "hhqqi"  # type, whence, start, length, process
+        for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
+            wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            with contextlib.suppress(OSError):  # not on this file system
+                found = struct.unpack(flock, fcntl.fcntl(self.file.fd, F_OFD_GETLK, wanted))
+                if found[0] != fcntl.F_UNLCK:
+                    raise Error(
+                        f"{self.file.label} is open for writing, in a running VM or a daemon, and "
+                        "its tables may change at any time; read that one's NBD export, or make "
+                        "an external snapshot and export what is below it"
+                    )
+
+    def bitmap_ranges(self, name: str) -> Tuple[Iterator[Range], bool]:
+        """(the byte ranges that a dirty bitmap says have changed, whether it is recording).
+
+        Raises Error if there is none of that name, or if it can't be relied on.
+        """
+        directory = self._extensions.get(EXTENSION_BITMAPS, b"")
+        found = None
+        names = []
+        if len(directory) == 24 and self.header["autoclear_features"] & AUTOCLEAR_BITMAPS:
+            count, size, position = struct.unpack(">I4xQQ", directory)
+            for _ in range(min(count, size // BITMAP_STRUCT.size)):
+                fields = BITMAP_STRUCT.unpack(self._read(position, BITMAP_STRUCT.size))
+                name_size, extra_size = fields[5:]
+                text = self._read(position + BITMAP_STRUCT.size + extra_size, name_size)
+                names.append(os.fsdecode(text))
+                if names[-1] == name:
+                    found = fields
+                position += align_up(BITMAP_STRUCT.size + extra_size + name_size, 8)
+        what = f"the bitmap {quoted(name)} of {self.file.label}"
+        if found is None:
+            has = ", ".join(map(quoted, names)) or "none that counts"
+            raise Error(f"there is no {what[4:]}; it has {has}")
+        offset, count, flags, kind, granularity_bits, _, extra_size = found
+        if flags & BITMAP_IN_USE or extra_size or kind != DIRTY_BITMAP:
+            raise Error(
+                f"{what} is in use or inconsistent: whoever wrote it has not closed the image; "
+                "export the whole disk, and begin with a new bitmap"
+            )
+        reach = self.cluster_size * 8 << granularity_bits  # of a cluster of the bitmap, in bytes
+        if granularity_bits > 31 or count != div_up(self.header["size"], reach):
+            raise self.corrupt(f"a bitmap with a table of {count} entries")
+        table = unpack_entries(self._read(offset, count * ENTRY_SIZE))
+        return joined(self._dirty_ranges(table, granularity_bits)), bool(flags & BITMAP_AUTO)
+
+    def _dirty_ranges(self, table: "array[int]", granularity_bits: int) -> Iterator[Range]:
+        bits = self.cluster_size * 8
+        for index, entry in enumerate(table):
+            first = index * bits
+            offset = entry & OFFSET_MASK
+            if offset:
+                number = int.from_bytes(self._read(offset, self.cluster_size), "little")
+                digits = format(number, f"0{bits}b")[::-1]
+                spans = [run.span() for run in re.finditer("1+", digits)]
+            else:
+                spans = [(0, bits)] if entry & 1 else []
+            for start, end in spans:
+                at, to = (first + start) << granularity_bits, (first + end) << granularity_bits
+                yield at, min(to, self.size)
+
+
+class ChainSource(Source):
+    """The disk of a qcow2 image and of what is below it.
+
+    members     Qcow2Images, and perhaps the DiskFile of a raw one at the end
+    """
+
+    def __init__(self, members: Sequence[Any], watch: Watch) -> None:
+        super().__init__(members[0].size, watch)
+        self._members = members
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        return self.stored(0, self.size)
+        return self._extents_of(0, 0, self.size)
 
-    def stored(self, start: int, end: int) -> Iterator[Extent]:
-        """Where the guest bytes from start to end are to be read; all else reads as zeros."""
-        import bisect
-
-        end = min(end, self.size)
-        for index in range(bisect.bisect_right(self._ends, start), len(self._starts)):
-            extent = self._extent(index)
-            if extent.start >= end:
-                return
-            first = max(start, extent.start)
-            offset = extent.offset + first - extent.start
-            yield Extent(first, min(end, extent.end), extent.file, offset)
-
-
-def clear(view: memoryview) -> None:
-    """Set a buffer to zeros."""
-    if len(view):
-        view[:] = bytes(len(view))
-
-
-class Scratch(NamedTuple):
-    """The buffers of one reader: for the disk, and for its base."""
-
-    data: bytearray
-    base: bytearray
+    def _extents_of(self, depth: int, start: int, end: int) -> Iterator[Extent]:
+        """What the members from a depth on hold. Past the end of a shorter one are zeros."""
+        member = self._members[depth]
+        end = min(end, member.size)
+        if isinstance(member, DiskFile):
+            for first, last in member.data_ranges(end, start):
+                yield first, last, member, first, 0
+            return
+        has_more = depth + 1 < len(self._members)
+        for extent in member.runs(start, end):
+            if has_more and start < extent[0]:
+                yield from self._extents_of(depth + 1, start, extent[0])
+            if extent[2] is not None:
+                yield extent
+            start = extent[1]
+        if has_more and start < end:
+            yield from self._extents_of(depth + 1, start, end)
 
 
-class Experience:
-    """What the last reads were like, from which the next ones take their way.
+def open_qcow2(
+    path: str, watch: Watch, resources: contextlib.ExitStack, snapshot: Optional[str] = None
+) -> Optional[Source]:
+    """Open a qcow2 image and the chain below it; None where QEMU must read it.
 
-    expects_data    so many clusters were data that the first bytes of each are looked at first
-    is_slow         reads waited for a disk or a network
-    is_far          … so long that 4 KiB take no less time than 64
+    Raises Error for a broken image, a chain that contains itself, or one that is being written.
     """
-
-    def __init__(self) -> None:
-        self.expects_data = True
-        self.is_slow = False
-        self.is_far = False
-
-    def learn(self, mean: float, is_far: bool) -> None:
-        """Judge by the seconds that it took to look at the first bytes of a cluster."""
-        self.is_slow = mean > SLOW_HEAD
-        self.is_far = self.is_far or is_far
-
-    @property
-    def tolerable_zeros(self) -> float:
-        """The share of zero clusters up to which their heads are worth a read of their own.
-
-        From memory, several readers that read everything are the faster ones from a quarter on:
-        on every other cluster by half. From a disk or a network, what is not read is won.
-        """
-        return 0.5 if self.is_slow else 0.25
-
-    @property
-    def read_size(self) -> int:
-        """Bytes of one read."""
-        return FAR_READ_SIZE if self.is_far else READ_SIZE
-
-
-class Ticket:
-    """The result of some work, as soon as a reader has done it."""
-
-    def __init__(self, work: Callable[[Scratch], Any]) -> None:
-        import threading
-
-        self._work = work
-        self._value = None  # type: Any
-        self._error = None  # type: Optional[BaseException]
-        self._done = threading.Lock()
-        self._done.acquire()
-
-    def perform(self, scratch: Scratch) -> None:
-        """Do the work, in whatever thread this is."""
+    members = []  # type: List[Any]
+    fmt = "qcow2"
+    while True:
+        if fmt == "raw":
+            members.append(DiskFile(path, watch))
+            resources.callback(members[-1].close)
+            return ChainSource(members, watch)
         try:
-            self._value = self._work(scratch)
-        except BaseException as error:  # goes on in the main thread
-            self._error = error
-        self._done.release()
-
-    def is_done(self, seconds: float) -> bool:
-        """Wait for the work, but no longer."""
-        is_done = self._done.acquire(timeout=seconds)
-        if is_done:
-            self._done.release()
-        return is_done
-
-    def result(self) -> Any:
-        """What the work has resulted in, once it is done. Raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._value
+            image = Qcow2Image(path, watch, resources, None if members else snapshot)
+        except NeedsQemu:
+            return None
+        if image.identity in [member.identity for member in members]:
+            raise Error(f"the chain of {members[0].file.label} contains {image.file.label} twice")
+        image.refuse_if_open_for_writing()
+        members.append(image)
+        name, fmt = image.backing_file, image.backing_format or ""
+        if name is None:
+            return ChainSource(members, watch)
+        if fmt not in ("raw", "qcow2") or re.match("[^/]*:", name):
+            return None
+        path = os.path.join(os.path.dirname(path), name)
 
 
-def start_thread(work: Callable[[], Any]) -> Any:
-    """Start a thread that never keeps the program alive. Raises Error if there is none.
+# An NBD client of our own. doc/proto.md of the NBD project is "the protocol" below, and names all
+# constants. Integers are big-endian.
 
-    Signals that end the program are for the main thread, which may have blocked them. Returns a
-    lock that the thread holds while it is at work. (threading's own start() would wait for ever
-    for one that finds no memory to begin with.)
-    """
-    import _thread
-
-    at_work = _thread.allocate_lock()
-
-    def run() -> None:
-        # Whoever needs its work sees that it isn't at it any more.
-        with contextlib.suppress(BaseException), at_work:
-            work()
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-    try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError as error:  # a limit of the system's
-        raise Error(f"too little of what a thread needs: {error}") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return at_work
-
-
-def wait_in_steps(wait: Callable[[float], bool], seconds: float) -> bool:
-    """Wait for something, but no longer. While the program is stopped (Ctrl-Z), no time counts.
-
-    wait    waits for some seconds; whether it was in time
-    """
-    while seconds > 0:
-        step = min(seconds, 1.0)
-        if wait(step):
-            return True
-        seconds -= step  # whatever the clock says
-    return False
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float, act: Callable[[], Any]) -> Iterator[Any]:
-    """Act, in another thread, if what is done inside takes longer. Yields an event: it did."""
-    import threading
-
-    is_done, is_late = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        if not wait_in_steps(is_done.wait, seconds):
-            is_late.set()
-            act()
-
-    start_thread(watch)
-    try:
-        yield is_late
-    finally:
-        is_done.set()
-
-
-class Readers:
-    """A few threads that read: system calls and large copies let each other run.
-
-    Two or three of them overlap the latency of a disk or the network, and use more than one
-    core where all is in memory already. Started when there is work for them; they never keep
-    the program alive.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.scratch = Scratch(bytearray(), bytearray())  # the main thread's
-        self.experience = Experience()
-        self._threads = []  # type: List[Any]  # the locks that they hold
-        self._submitted = 0
-        self._queue = None  # type: Any
-
-    def submit(self, work: Callable[[Scratch], Any], is_quick: bool = False) -> Callable[[], Any]:
-        """Have work done. Returns what waits for its result, and raises what it raised.
-
-        is_quick    it is done sooner than another thread could be asked to do it
-        """
-        self._submitted += 1
-        # A small disk is read before a thread has started.
-        is_first = self._submitted <= INLINE_PIECES and not self.experience.is_slow
-        if is_quick or is_first or self.count == 1:
-            value = work(self.scratch)
-            return lambda: value
-        ticket = Ticket(work)
-        if not self._threads:
-            import queue
-
-            self._queue = queue.Queue()
-        self._queue.put(ticket)
-        if len(self._threads) < self.count:
-            self._start_thread(ticket)
-        return lambda: self._result(ticket)
-
-    def _start_thread(self, ticket: Ticket) -> None:
-        try:
-            work = functools.partial(self._run, Scratch(bytearray(), bytearray()))
-            self._threads.append(start_thread(work))
-        except Error:  # the main thread can read as well
-            self.count = max(1, len(self._threads))
-            if not self._threads:
-                ticket.perform(self.scratch)
-
-    def _result(self, ticket: Ticket) -> Any:
-        while not ticket.is_done(READER_PATIENCE):
-            if not any(thread.locked() for thread in self._threads):  # they have found no memory
-                import queue
-
-                self.count = 1
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        self._queue.get_nowait().perform(self.scratch)
-        return ticket.result()
-
-    def _run(self, scratch: Scratch) -> None:
-        while True:
-            self._queue.get().perform(scratch)
-
-
-# Other formats: QEMU's own programs read them. Of a qcow2 chain `qemu-img map` tells where in
-# which member each extent lies, so that its data can be read without QEMU; anything else is
-# shown as a raw file by a FUSE export of qemu-storage-daemon.
-
-PACKAGES = {  # of Debian, of Fedora
-    "qemu-img": ("qemu-utils", "qemu-img"),
-    "qemu-storage-daemon": ("qemu-system-common", "qemu-img"),
+NBD_MAGIC, NBD_OPTION_MAGIC, NBD_OLD_MAGIC = b"NBDMAGIC", b"IHAVEOPT", b"\0\0\x42\2\x81\x86\x12\x53"
+NBD_REP_MAGIC = 0x3E889045565A9
+NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC = 0x25609513, 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES = 1, 2
+NBD_OPT_EXPORT_NAME, NBD_OPT_STARTTLS, NBD_OPT_GO = 1, 5, 7
+NBD_OPT_STRUCTURED_REPLY, NBD_OPT_SET_META_CONTEXT = 8, 10
+NBD_REP_ACK, NBD_REP_INFO, NBD_REP_META_CONTEXT = 1, 3, 4
+NBD_REP_ERROR = 1 << 31  # added to each of the next
+NBD_REP_ERR_UNSUP, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 5, 6
+NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
+NBD_FLAG_SEND_DF = 1 << 7
+NBD_CMD_READ, NBD_CMD_BLOCK_STATUS = 0, 7
+NBD_CMD_FLAG_DF = 1 << 2
+NBD_REPLY_FLAG_DONE = 1
+NBD_REPLY_NONE, NBD_REPLY_OFFSET_DATA, NBD_REPLY_OFFSET_HOLE, NBD_REPLY_BLOCK_STATUS = 0, 1, 2, 5
+NBD_REPLY_ERROR_BIT, NBD_REPLY_ERROR_OFFSET = 1 << 15, (1 << 15) + 2
+NBD_STATE_ZERO, NBD_STATE_DIRTY = 2, 1  # of base:allocation, of qemu:dirty-bitmap
+NBD_EOVERFLOW = 75
+NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
+NBD_REPLY = struct.Struct(">IHHQ")  # magic, flags and type of a chunk (or the error), cookie
+NBD_REFUSALS = {  # what the errors of a negotiation mean; some servers have no words for them
+    2: "the server's policy forbids it",
+    NBD_REP_ERR_TLS_REQD: "the server wants TLS; write nbds instead of nbd",
+    NBD_REP_ERR_UNKNOWN: "the server has no such export",
+    7: "the server is about to end",
 }
-FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")
-VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
-COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
-MAX_VMDK_DESCRIPTOR = 20 << 20  # bytes; QEMU reads no more either
-QEMU_PATIENCE = 60  # seconds for an image to be opened: a remote server may be slow to answer
-SIGNAL_PATIENCE = 1  # seconds for the main thread to take a signal: it may wait for the daemon
-END_PATIENCE = 3  # seconds for the daemon to end: it may wait for a server
-PR_SET_PDEATHSIG, CLONE_NEWNS = 1, 0x20000  # Linux's, from its prctl.h, sched.h and mount.h
-MNT_DETACH, MS_REC, MS_SLAVE = 2, 0x4000, 0x80000
+
+NBD_PORT = 10809
+NBD_TIMEOUT = 60  # seconds until an image or an export must be open: it may be far away
+NBD_BUFFER_SIZE = 64 << 10  # bytes; a dozen heads arrive in one call
+NBD_READ_SIZE = 2 << 20  # bytes of a request: a larger one would not be faster
+NBD_HEADS = 32  # heads in flight: twice of what qemu-nbd works at
+MAX_NBD_READ = 32 << 20  # bytes that a server must take if it names no limit
+MAX_NBD_MIN_BLOCK = 64 << 10
+MAX_NBD_STATUS = (1 << 32) - MAX_NBD_MIN_BLOCK  # bytes of a request for block status
+MAX_NBD_PAYLOAD = 64 << 20  # bytes of anything that is no data
+MAX_NBD_REPLIES, MAX_NBD_REPLY = 100, 64 << 10  # to one option; bytes of each
 
 
-def start_program(arguments: List[bytes], **options: Any) -> Any:
-    """Start one of QEMU's programs, with pipes behind it. Raises Error if it isn't there."""
-    import subprocess
+class NbdAddress(NamedTuple):
+    """Where an NBD URI leads.
 
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    if "preexec_fn" in options:
-        libc_call("getpid")  # has the library loaded now: a child had better not
-    try:
-        return subprocess.Popen(arguments, **{**pipes, **options})
-    except (OSError, subprocess.SubprocessError) as error:
-        name = os.fsdecode(arguments[0])
-        debian, fedora = PACKAGES[name]
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise Error(
-            f"cannot run {name}: {why}; it comes with the package {debian} (Debian) or "
-            f"{fedora} (Fedora)"
-        ) from error
-
-
-def complaint(stderr: bytes) -> str:
-    """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
-    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines()]
-    text = quoted("; ".join(line for line in lines if line) or "it says nothing")[1:-1]
-    text = re.sub(r"^qemu-(img|storage-daemon): ", "", text)
-    if "lock" in text and "Failed to get" in text:
-        text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
-    if "Unknown driver" in text:
-        text += "; QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"
-    if "/dev/fuse" in text:
-        text += "; to show a disk, QEMU needs a /dev/fuse that its user may open"
-    return text
-
-
-class Drain:
-    """Reads what a program says on stderr, so that it never waits for a reader. Keeps the end.
-
-    The pipe is the thread's to close: a child of the program may hold its other end for ever.
+    socket      the path of a Unix socket, if it is one
+    tls_folder  of certificates, where the system's are not meant
     """
 
-    def __init__(self, pipe: Any) -> None:
-        """Start to read. Raises Error if there is no thread for it."""
+    host: str
+    port: int
+    socket: Optional[str]
+    export: str
+    has_tls: bool
+    tls_folder: Optional[str]
+
+
+def is_nbd_uri(name: str) -> bool:
+    """Whether a name is an NBD URI, of any transport."""
+    return re.match(r"nbds?(\+[a-z]+)?://", name) is not None
+
+
+def parse_nbd_uri(uri: str) -> NbdAddress:
+    """Take an NBD URI apart, see doc/uri.md of the NBD project. Raises Error with what is wrong."""
+    from urllib.parse import unquote
+
+    decode = functools.partial(unquote, errors="surrogateescape")
+    found = re.match(
+        r"(nbds?)(\+\w+)?://(?:[^/?#]*@)?([^/?#@]*)/?([^?#]*)\??([^#]*)(.*)", uri, re.S
+    )
+    assert found
+    scheme, transport, authority, path, query, fragment = found.groups("")
+    place = re.match(r"(?:\[([\w:.%]+)\]|([^:\[\]]*))(?::(\d{1,5}))?\Z", authority)
+    # Nothing is shown that a password may be a part of.
+    shown = f"{scheme}{transport}://{authority}/{path}" if place else f"{scheme}://…"
+    what = f"cannot open {quoted(shown)}: "
+    pairs = (part.partition("=") for part in query.split("&") if part)
+    values = {decode(key): decode(value) for key, _, value in pairs}
+    unknown = values.keys() - {"socket", "tls-certificates"}
+    if "@" in uri[: found.start(4)]:
+        raise Error(what + "leave out user and password; TLS certificates are what is understood")
+    if unknown:
+        raise Error(what + f"the key {quoted(min(unknown))} is not understood")
+    if transport not in ("", "+unix"):
+        raise Error(what + "the transports are TCP and Unix sockets (nbd+unix)")
+    if fragment or not place or int(place.group(3) or 1) >> 16:
+        raise Error(what + "it is no NBD URI; # in a name is %23, and an IPv6 address is [::1]")
+    if bool(transport) != ("socket" in values) or (transport and authority):
+        raise Error(what + "a Unix socket is named by nbd+unix:///EXPORT?socket=PATH")
+    if "tls-certificates" in values and scheme != "nbds":
+        raise Error(what + "certificates are for TLS; write nbds instead of nbd")
+    host = decode(place.group(1) or place.group(2)) or "localhost"
+    return NbdAddress(
+        host,
+        int(place.group(3) or NBD_PORT),
+        values.get("socket"),
+        decode(path),
+        scheme == "nbds",
+        values.get("tls-certificates"),
+    )
+
+
+def socket_reason(error: Exception) -> str:
+    """What went wrong with a connection: the errors of names and of TLS have numbers of their own."""
+    text = getattr(error, "strerror", None) or str(error) or "it breaks the protocol"
+    return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)", "", quoted(text)[1:-1])
+
+
+def start_tls(sock: Any, address: NbdAddress) -> Any:
+    """A socket through TLS, with the files that libnbd and QEMU look for."""
+    import ssl
+
+    folder = address.tls_folder
+    if folder is None:
+        context = ssl.create_default_context()
+    else:
+        context = ssl.create_default_context(cafile=os.path.join(folder, "ca-cert.pem"))
+        # Python 3.13 wants more of a private authority than its users know of.
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+        names = [os.path.join(folder, f"client-{kind}.pem") for kind in ("cert", "key")]
+        if os.path.exists(names[0]):
+            context.load_cert_chain(names[0], names[1], lambda: b"")  # else it asks the terminal
+    context.check_hostname = address.socket is None
+    return context.wrap_socket(sock, server_hostname=None if address.socket else address.host)
+
+
+class NbdHandshake:
+    """The negotiation with an NBD server, up to where requests can be sent.
+
+    size            of the export in bytes
+    flags           of its transmission
+    block_size      the unit of requests in bytes
+    max_read        bytes of a request
+    is_structured   answers come in chunks
+    contexts        the metadata contexts that there are: number by name
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._use(sock)
+        self.size = self.flags = 0
+        self.block_size, self.max_read = 1, MAX_NBD_READ
+        self.is_structured = False
+        self.contexts = {}  # type: Dict[str, int]
+
+    def _use(self, sock: Any) -> None:
+        self.sock = sock
+        self._reader = sock.makefile("rb", NBD_BUFFER_SIZE)
+
+    def send(self, data: Union[bytes, bytearray]) -> None:
+        """Send all of data."""
+        self.sock.sendall(data)
+
+    def run(self, export: str, wanted: Sequence[str], address: Optional[NbdAddress]) -> None:
+        """Negotiate.
+
+        wanted      names of metadata contexts
+        address     where the server is, if TLS is wanted
+
+        Raises Error if the server refuses, OSError or ValueError where it can't be understood.
+        """
+        magic = self.receive(16)
+        if magic == NBD_MAGIC + NBD_OLD_MAGIC:
+            raise ValueError("the server talks the oldstyle protocol; newstyle is needed")
+        if magic != NBD_MAGIC + NBD_OPTION_MAGIC:
+            raise ValueError("who answers is no NBD server")
+        flags = int.from_bytes(self.receive(2), "big")
+        if not flags & NBD_FLAG_FIXED_NEWSTYLE:
+            raise ValueError("the server talks an old protocol; fixed newstyle is needed")
+        flags &= NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
+        self.send(struct.pack(">I", flags))
+        if address is not None:
+            if self._ask(NBD_OPT_STARTTLS) is None:
+                raise ValueError("the server has no TLS")
+            # What was sent in the clear and is not read yet goes with the old reader.
+            self._use(start_tls(self.sock, address))
+        self.is_structured = self._ask(NBD_OPT_STRUCTURED_REPLY) is not None
+        name = os.fsencode(export)
+        counted_name = struct.pack(">I", len(name)) + name
+        if self.is_structured:
+            self._set_contexts(counted_name, [os.fsencode(each) for each in wanted])
+        infos = self._ask(NBD_OPT_GO, counted_name + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE))
+        if infos is None:
+            self._send_option(NBD_OPT_EXPORT_NAME, name)  # without it, the server closes
+            self.size, self.flags = struct.unpack(">QH", self.receive(10))
+            self.receive(0 if flags & NBD_FLAG_NO_ZEROES else 124)
+        else:
+            self._take_infos(infos)
+        if self.size > MAX_SIZE:
+            raise ValueError(f"an export of {self.size} bytes is not possible")
+
+    def _take_infos(self, infos: List[Tuple[int, bytes]]) -> None:
+        has_size = False
+        for kind, payload in infos:
+            about = int.from_bytes(payload[:2], "big") if kind == NBD_REP_INFO else None
+            if about == NBD_INFO_EXPORT:
+                self.size, self.flags = struct.unpack(">2xQH", payload)
+                has_size = True
+            elif about == NBD_INFO_BLOCK_SIZE:
+                self.block_size, _, largest = struct.unpack(">2xIII", payload)
+                if self.block_size not in [1 << bits for bits in range(17)]:
+                    raise ValueError(f"blocks of {self.block_size} bytes are not possible")
+                self.max_read = min(largest, MAX_NBD_READ) // self.block_size * self.block_size
+                if not self.max_read:
+                    raise ValueError(f"requests of {largest} bytes are not possible")
+        if not has_size:
+            raise ValueError("the server does not say how large the export is")
+
+    def _set_contexts(self, name: bytes, wanted: List[bytes]) -> None:
+        queries = b"".join(struct.pack(">I", len(each)) + each for each in wanted)
+        data = name + struct.pack(">I", len(wanted)) + queries
+        for kind, payload in self._ask(NBD_OPT_SET_META_CONTEXT, data) or []:
+            if kind == NBD_REP_META_CONTEXT:
+                self.contexts[os.fsdecode(payload[4:])] = int.from_bytes(payload[:4], "big")
+
+    def _send_option(self, option: int, data: bytes) -> None:
+        self.send(NBD_OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)
+
+    def _ask(self, option: int, data: bytes = b"") -> Optional[List[Tuple[int, bytes]]]:
+        """What the server replies to an option: type and payload of each; None if unknown to it."""
+        self._send_option(option, data)
+        replies = []  # type: List[Tuple[int, bytes]]
+        for _ in range(MAX_NBD_REPLIES):
+            magic, echo, kind, length = struct.unpack(">QIII", self.receive(20))
+            if magic != NBD_REP_MAGIC or echo != option or length > MAX_NBD_REPLY:
+                break
+            payload = self.receive(length)
+            if kind == NBD_REP_ACK:
+                return replies
+            if kind == NBD_REP_ERROR + NBD_REP_ERR_UNSUP:
+                return None
+            if kind & NBD_REP_ERROR:
+                number = kind - NBD_REP_ERROR
+                said = quoted(payload.decode("utf-8", "replace"))[1:-1] or f"error {number}"
+                raise ValueError(NBD_REFUSALS.get(number, "the server refuses") + f" ({said})")
+            replies.append((kind, payload))
+        raise ValueError("the server breaks the protocol")
+
+    def receive(self, length: int) -> bytes:
+        """`length` bytes. Raises OSError where they don't come."""
+        data = self._reader.read(length)
+        if len(data) < length:
+            raise OSError("the server has closed the connection")
+        return bytes(data)
+
+    def receive_into(self, view: Any) -> None:
+        """Fill all of view. Raises OSError where the bytes don't come."""
+        if self._reader.readinto(view) < len(view):
+            raise OSError("the server has closed the connection")
+
+
+class NbdRequest:
+    """A part of a batch of requests, and what has come of its answer.
+
+    view        where the data that is read goes; None if something else is asked for
+    context     the metadata context that is asked for
+    batch       of the whole batch, in a list: the number of requests that are not answered yet
+    left        bytes of data that have not come yet
+    extents     a block status answer: pairs of a length and a state, 32 bits each
+    error       the server's error number, what it says, and the offset where
+    """
+
+    __slots__ = ("batch", "context", "error", "extents", "left", "length", "offset", "view")
+
+    def __init__(self, offset: int, length: int, view: Any = None, context: int = 0) -> None:
+        self.offset, self.length, self.view, self.context = offset, length, view, context
+        self.batch = [0]
+        self.left = 0 if view is None else length
+        self.extents = b""
+        self.error = None  # type: Optional[Tuple[int, str, int]]
+
+    def place(self, offset: int, length: int) -> Any:
+        """Where data of the answer goes. Raises ValueError if it was not asked for."""
+        start = offset - self.offset
+        if self.view is None or start < 0 or start + length > self.length:
+            raise ValueError("the server sends bytes that were not asked for")
+        self.left -= length
+        return self.view[start : start + length]
+
+
+class NbdExport:
+    """An NBD server's export, with the methods of a DiskFile.
+
+    Any thread may read; many requests are on their way at once. One of the threads that wait
+    receives the answers for all of them, until its own are there; then another one does.
+    """
+
+    fd = None
+    is_regular = False
+    is_remote = True
+
+    def __init__(
+        self,
+        sock: Any,
+        label: str,
+        export: str = "",
+        address: Optional[NbdAddress] = None,
+        bitmap: Optional[str] = None,
+    ) -> None:
+        """Negotiate on a new connection, which is closed with the export.
+
+        label       what the export is called in messages
+        address     where the server is, if TLS is wanted
+        bitmap      the name of a dirty bitmap whose ranges will be asked for
+
+        Raises Error if that fails.
+        """
         import threading
 
-        self._pipe = pipe
-        self._kept = b""
-        self._is_over = threading.Event()
-        start_thread(self._run)
+        self.label = label
+        self.identity = ("nbd", id(self))
+        self._broken = None  # type: Optional[str]
+        self._handshake = shake = NbdHandshake(sock)
+        names = ["base:allocation"]
+        if bitmap is not None:
+            names.append("qemu:dirty-bitmap:" + bitmap)
+        try:
+            sock.settimeout(NBD_TIMEOUT)
+            shake.run(export, names, address)
+            shake.sock.settimeout(None)
+        except (OSError, ValueError, struct.error) as error:
+            raise Error(f"cannot open {label}: {socket_reason(error)}") from error
+        if names[-1] not in shake.contexts and bitmap is not None:
+            raise Error(f"cannot open {label}: its server has no dirty bitmap {quoted(bitmap)}")
+        self.size, self.block_size = shake.size, max(shake.block_size, SECTOR_SIZE)
+        self._unit = shake.block_size
+        self._read_size = min(shake.max_read, max(NBD_READ_SIZE, self._unit))
+        can_df = shake.is_structured and shake.flags & NBD_FLAG_SEND_DF
+        self._read_flags = NBD_CMD_FLAG_DF if can_df else 0  # else qemu-nbd sends many chunks
+        self._bitmap = shake.contexts.get(names[-1])
+        # OpenSSL allows no two threads in one session: with TLS, one batch after the other.
+        self._alone = threading.Lock() if address else contextlib.ExitStack()  # type: Any
+        self._sending = threading.Lock()
+        self._state = threading.Condition(threading.Lock())  # for what follows
+        self._waiting = {}  # type: Dict[int, NbdRequest]
+        self._last_cookie = 0
+        self._is_receiving = False
 
-    def _run(self) -> None:
-        with self._pipe, contextlib.suppress(OSError):
-            data = b"?"
-            while data:
-                data = os.read(self._pipe.fileno(), 4096)
-                self._kept = (self._kept + data)[-4096:]
-        self._is_over.set()
+    def close(self) -> None:
+        """Close the connection. A thread that still receives is stopped by that."""
+        with contextlib.suppress(OSError):
+            self._handshake.sock.shutdown(2)
+        self._handshake.sock.close()
 
-    def text(self) -> bytes:
-        """What was said last, once the program has ended."""
-        self._is_over.wait(1)
-        return self._kept
+    def advise(self, offset: int, length: int, how: str) -> None:
+        """The protocol's NBD_CMD_CACHE is not worth a request."""
+
+    def is_cached(self, offset: int) -> bool:
+        """A server is never as near as memory."""
+        return False
+
+    def read_error(self, offset: int, why: str) -> ReadError:
+        """What to raise where a request fails."""
+        return ReadError(f"cannot read {self.label} at offset {offset}: {why}")
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill all of view from offset on. Raises Error where the server can't."""
+        end = offset + len(view)
+        first, last = self._whole_blocks(offset, end)
+        if end > last:
+            raise self.read_error(offset, f"it has {self.size} bytes")
+        is_aligned = (first, last) == (offset, end)
+        target = view if is_aligned else memoryview(bytearray(last - first))
+        step = self._read_size
+        starts = range(first, last, step)
+        parts = [target[start - first : start - first + step] for start in starts]
+        self._read([NbdRequest(at, len(part), part) for at, part in zip(starts, parts)])
+        if not is_aligned:
+            view[:] = target[offset - first : end - first]
+
+    def look_at_heads(self, offsets: "range") -> bytearray:
+        """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
+
+        A head that the export's end cuts counts as zeros. Ends early after MAX_ZERO_HEADS in a
+        row. The flags are those of DiskFile.look_at_heads().
+        """
+        flags = bytearray()
+        for begin in range(0, len(offsets), NBD_HEADS):
+            batch = offsets[begin : begin + NBD_HEADS]
+            whole = [at for at in batch if at + HEAD_SIZE <= self.size]
+            blocks = [self._whole_blocks(at, at + HEAD_SIZE) for at in whole]
+            buffers = [bytearray(last - first) for first, last in blocks]
+            self._read(
+                [
+                    NbdRequest(first, len(buffer), memoryview(buffer))
+                    for (first, _), buffer in zip(blocks, buffers)
+                ]
+            )
+            for at, (first, _), buffer in zip(whole, blocks, buffers):
+                flags.append(buffer[at - first : at - first + HEAD_SIZE] != _ZERO_HEAD)
+                if flags.endswith(_ZERO_HEADS):
+                    return flags
+            flags += bytes(len(batch) - len(whole))
+        return flags
+
+    def data_ranges(self, end: int) -> Iterator[Range]:
+        """(start, end) of what may be no zeros before end; all of it if the server can't say."""
+        context = self._handshake.contexts.get("base:allocation")
+        if context is None:
+            return iter([(0, end)] if end else [])
+        return self._ranges(context, end, NBD_STATE_ZERO, 0)
+
+    def bitmap_ranges(self, end: int) -> Iterator[Range]:
+        """(start, end) of what the dirty bitmap says has changed before end."""
+        assert self._bitmap is not None
+        return self._ranges(self._bitmap, end, NBD_STATE_DIRTY, NBD_STATE_DIRTY)
+
+    def _whole_blocks(self, start: int, end: int) -> Range:
+        """The server's blocks around a range; the last may be cut by the end of the export."""
+        block = self._unit
+        return start // block * block, min(align_up(end, block), self.size)
+
+    def _ranges(self, context: int, end: int, mask: int, wanted: int) -> Iterator[Range]:
+        """(start, end), joined, of where the bits of mask in the block status are as wanted."""
+        position = 0
+        start = None  # type: Optional[int]
+        while position < end:
+            at, last = self._whole_blocks(position, min(end, position + MAX_NBD_STATUS))
+            request = NbdRequest(at, min(last - at, MAX_NBD_STATUS), context=context)
+            self._perform(NBD_CMD_BLOCK_STATUS, 0, [request])
+            before = position
+            for length, state in struct.iter_unpack(">II", request.extents):
+                at += length
+                if at <= position:
+                    continue  # the block before position was asked for again
+                if (state & mask == wanted) != (start is not None):
+                    if start is not None:
+                        yield start, position
+                    start = position if start is None else None
+                position = at
+                if position >= end:
+                    break
+            if position == before:
+                raise self.read_error(position, "the server gives no block status")
+        if start is not None:
+            yield start, end
+
+    def _read(self, requests: List[NbdRequest]) -> None:
+        flags = self._read_flags
+        try:
+            self._perform(NBD_CMD_READ, flags, requests)
+        except Error:
+            if not flags or not any(
+                each.error and each.error[0] == NBD_EOVERFLOW for each in requests
+            ):
+                raise
+            self._read_flags = 0  # it can't send so much in one chunk
+            self._read([NbdRequest(each.offset, each.length, each.view) for each in requests])
+
+    def _perform(self, command: int, flags: int, requests: List[NbdRequest]) -> None:
+        """Send requests, and wait until all are answered. Raises Error if one of them fails."""
+        with self._alone:
+            self._exchange(command, flags, requests)
+
+    def _exchange(self, command: int, flags: int, requests: List[NbdRequest]) -> None:
+        batch = [len(requests)]
+        packets = bytearray()
+        with self._state:
+            for request in requests:
+                request.batch = batch
+                self._last_cookie += 1
+                self._waiting[self._last_cookie] = request
+                packets += NBD_REQUEST.pack(
+                    NBD_REQUEST_MAGIC,
+                    flags,
+                    command,
+                    self._last_cookie,
+                    request.offset,
+                    request.length,
+                )
+        try:
+            with self._sending:
+                self._handshake.send(packets)
+        except OSError as error:
+            self._break(error)
+        with self._state:
+            while batch[0] and self._broken is None:
+                if self._is_receiving:
+                    self._state.wait()
+                    continue
+                self._is_receiving = True
+                self._state.release()
+                try:
+                    self._receive_all(batch)
+                finally:
+                    self._state.acquire()
+                    self._is_receiving = False
+                    self._state.notify_all()
+        if batch[0]:
+            raise Error(str(self.read_error(requests[0].offset, str(self._broken))))
+        for request in requests:
+            if request.error:
+                raise self.read_error(request.error[2], request.error[1])
+
+    def _break(self, error: Exception) -> None:
+        with self._state:
+            self._broken = self._broken or socket_reason(error)
+            self._state.notify_all()
+
+    def _receive_all(self, batch: List[int]) -> None:
+        """Receive answers, until those to a batch are complete."""
+        try:
+            while batch[0] and self._broken is None:
+                request = self._receive_chunk()
+                if request is not None and request.batch is not batch and not request.batch[0]:
+                    with self._state:
+                        self._state.notify_all()
+        except (OSError, ValueError, struct.error) as error:
+            self._break(error)
+
+    def _receive_chunk(self) -> Optional[NbdRequest]:
+        """Receive a reply, or a chunk of a structured one. Returns the request if that is all."""
+        shake = self._handshake
+        magic, high, low, cookie = NBD_REPLY.unpack(shake.receive(NBD_REPLY.size))
+        request = self._waiting.get(cookie)
+        if request is None:
+            raise ValueError("the server answers what was not asked")
+        if magic == NBD_SIMPLE_REPLY_MAGIC:
+            is_done = True
+            number = high << 16 | low
+            if number:
+                request.error = (number, os.strerror(number), request.offset)
+            elif not shake.is_structured:
+                shake.receive_into(request.place(request.offset, request.length))
+        elif magic == NBD_STRUCTURED_REPLY_MAGIC and shake.is_structured:
+            is_done = bool(high & NBD_REPLY_FLAG_DONE)
+            self._receive_payload(request, low, int.from_bytes(shake.receive(4), "big"))
+        else:
+            raise ValueError("the server breaks the protocol")
+        if not is_done:
+            return None
+        if request.left and not request.error:
+            raise ValueError("the server's answer is not complete")
+        del self._waiting[cookie]
+        request.batch[0] -= 1
+        return request
+
+    def _receive_payload(self, request: NbdRequest, kind: int, length: int) -> None:
+        """Receive the payload of a chunk, `length` bytes."""
+        shake = self._handshake
+        if kind == NBD_REPLY_OFFSET_DATA and length >= 8:
+            offset = int.from_bytes(shake.receive(8), "big")
+            shake.receive_into(request.place(offset, length - 8))
+            return
+        if length > MAX_NBD_PAYLOAD:
+            raise ValueError("the server breaks the protocol")
+        payload = shake.receive(length)
+        if kind == NBD_REPLY_OFFSET_HOLE:
+            clear(request.place(*struct.unpack(">QI", payload)))
+        elif kind == NBD_REPLY_BLOCK_STATUS:
+            if int.from_bytes(payload[:4], "big") == request.context:
+                request.extents = request.extents or payload[4 : 4 + (length - 4) // 8 * 8]
+        elif kind & NBD_REPLY_ERROR_BIT:
+            number, size = struct.unpack_from(">IH", payload)
+            text = quoted(payload[6 : 6 + size].decode("utf-8", "replace"))[1:-1]
+            offset = request.offset
+            if kind == NBD_REPLY_ERROR_OFFSET:
+                (offset,) = struct.unpack_from(">Q", payload, 6 + size)
+            request.error = (number, text or os.strerror(number), offset)
+        elif kind != NBD_REPLY_NONE:
+            raise ValueError("the server breaks the protocol")
+
+
+def connect_nbd_uri(
+    uri: str, resources: contextlib.ExitStack, bitmap: Optional[str] = None
+) -> NbdExport:
+    """Open what an NBD URI names. Raises Error if it can't be had, or lacks the dirty bitmap."""
+    import socket
+
+    address = parse_nbd_uri(uri)
+    try:
+        if address.socket is not None:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(NBD_TIMEOUT)
+            sock.connect(os.fsencode(address.socket))
+        else:
+            sock = socket.create_connection((address.host, address.port), NBD_TIMEOUT)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot open {quoted(uri)}: {socket_reason(error)}") from error
+    sock.settimeout(None)
+    export = NbdExport(
+        sock, quoted(uri), address.export, address if address.has_tls else None, bitmap
+    )
+    resources.callback(export.close)
+    return export
+
+
+# Formats that only QEMU knows: where its programs say that data lies in one file, it is read there;
+# all else is shown by a qemu-nbd of our own.
+
+QEMU_PACKAGES = "qemu-utils (Debian) or qemu-img (Fedora)"
+SOCKET_FOLDERS = ("/dev/shm", "/run", "/tmp")  # after $TMPDIR
+SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
+PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
+FORMATS_WITH_OFFSETS = ("qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in `qemu-img map`
+VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
+VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
+VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
+VHDX_PARAMETERS, VHDX_SECTOR_SIZE = bytes.fromhex("3767a1ca"), bytes.fromhex("1dbf4181")
+VHDX_PRESENT, VHDX_NO_DATA = 6, (0, 1, 2, 3, 5)  # states of a block
 
 
 class ImageName(NamedTuple):
@@ -1217,37 +2036,34 @@ class ImageName(NamedTuple):
 
     name        as the user gave it
     format      such as "qcow2"; never guessed
-    is_options  the name is a block device option string, and tells the format itself
+    is_options  the name is a block device option string, and says the format itself
     """
 
     name: str
     format: str
     is_options: bool
 
-    def _node(self) -> Dict[str, Any]:
+    def arguments(self, objects: Sequence[str]) -> List[bytes]:
+        """What names it to qemu-img and qemu-nbd: after a lock that stops no virtual machine.
+
+        A file's name goes into JSON, so that no character of it means anything.
+        """
+        arguments = []  # type: List[bytes]
+        for definition in objects:
+            arguments += [b"--object", os.fsencode(definition)]
+        if self.is_options:
+            return [*arguments, b"--image-opts", os.fsencode(self.name + ",force-share=on")]
+        import json
+
         # What is before a colon would be a protocol in the names of files beside it.
         name = "./" + self.name if re.match("[^/]*:", self.name) else self.name
-        file = {"driver": file_driver(name), "filename": name}
-        return {"driver": self.format, "file": file}
-
-    def img_arguments(self) -> List[bytes]:
-        """What names it to qemu-img. As JSON, so that no character of a name means anything."""
-        if self.is_options:
-            return [b"--image-opts", os.fsencode(self.name)]
-        return [b"json:" + dump_json(self._node())]
-
-    def blockdev(self, node_name: str) -> bytes:
-        """What names it to qemu-storage-daemon's --blockdev."""
-        if not self.is_options:
-            return dump_json({**self._node(), "node-name": node_name, "read-only": True})
-        # Its syntax is the same, but for a driver that must be named where there is a file.
-        values = dict(option_values(self.name))
-        drivers = ""
-        for key, name in sorted(values.items()):
-            prefix = key[: -len("filename")]
-            if key.endswith(".filename") and prefix + "driver" not in values:
-                drivers += f",{prefix}driver={file_driver(name)}"
-        return os.fsencode(f"{self.name}{drivers},node-name={node_name},read-only=on")
+        driver = "host_device" if is_block_device(name) else "file"
+        node = {
+            "driver": self.format,
+            "file": {"driver": driver, "filename": name},
+            "force-share": True,
+        }
+        return [*arguments, b"json:" + os.fsencode(json.dumps(node, ensure_ascii=False))]
 
 
 def option_values(options: str) -> List[Tuple[str, str]]:
@@ -1274,752 +2090,360 @@ def opens_for_writing(options: str) -> bool:
     )
 
 
-def file_driver(name: str) -> str:
-    """QEMU's driver for a file or a block device."""
-    with contextlib.suppress(OSError, ValueError):  # QEMU says what is wrong with it
-        if stat.S_ISBLK(os.stat(name).st_mode):
-            return "host_device"
-    return "file"
-
-
-def dump_json(value: Any) -> bytes:
-    """JSON with the bytes of file names as they are."""
-    import json
-
-    return os.fsencode(json.dumps(value, ensure_ascii=False))
-
-
-def run_qemu_img(
-    command: bytes, image: ImageName, *options: bytes, patience: Optional[float] = None
-) -> Generator[bytes, None, None]:
-    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint.
-
-    patience    seconds that it may take, if not any time
-    """
-    arguments = [b"qemu-img", command, b"--output=json", *options, *image.img_arguments()]
-    parent = os.getpid()
-    program = start_program(arguments, preexec_fn=lambda: die_with(parent, signal.SIGKILL))
+def is_block_device(name: str) -> bool:
+    """Whether a name leads to a block device; not if it leads nowhere, as QEMU will say."""
     try:
-        stderr = Drain(program.stderr)
-        with contextlib.ExitStack() as limit:
-            is_late = limit.enter_context(time_limit(patience, program.kill)) if patience else None
-            for line in program.stdout:
-                yield line
-        if is_late and is_late.is_set():
-            raise Error(
-                f"cannot open {quoted(image.name)}: qemu-img does not answer within {patience} "
-                "seconds"
-            )
-        if program.wait():
-            raise Error(f"cannot open {quoted(image.name)}: {complaint(stderr.text())}")
-    finally:
-        program.kill()
-        program.wait()
-        program.stdout.close()
-
-
-def parse_qemu_json(text: bytes, image: ImageName) -> Any:
-    """What qemu-img printed. Raises Error if it is no JSON after all."""
-    import json
-
-    try:
-        return json.loads(str(text, "utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise Error(f"cannot open {quoted(image.name)}: qemu-img printed no JSON") from error
-
-
-def backing_chain(image: ImageName) -> List[Dict[str, Any]]:
-    """What `qemu-img info` says of an image and of each backing file below it."""
-    text = b"".join(run_qemu_img(b"info", image, b"--backing-chain", patience=QEMU_PATIENCE))
-    chain = parse_qemu_json(text, image)
-    for member in chain if isinstance(chain, list) and chain else [None]:
-        refuse_unless_it_tells(image, member, ("filename", "format", "virtual-size"))
-    return list(chain)
-
-
-Place = Optional[Tuple[DiskFile, int]]
-
-
-def extents_of_vmdk(member: Dict[str, Any]) -> List[str]:
-    """The names of the files that hold what a VMDK stores; none for anything else."""
-    data = member.get("format-specific", {}).get("data", {})
-    return [extent["filename"] for extent in data.get("extents", [])]
-
-
-def place_of_data(
-    member: Dict[str, Any],
-    own: Optional[DiskFile],
-    open_file: Callable[[str], DiskFile],
-    is_replaced: bool,
-) -> Place:
-    """The file in which the offsets count that are told of a member of a chain, and its end.
-
-    None if it is not known. What is raw ends with a whole sector. All other files that hold data
-    of it are opened, too, so that they are watched.
-
-    own             the member's own file
-    is_replaced     an option may name another data file than the header does
-    """
-    data = member.get("format-specific", {}).get("data", {})
-    if is_replaced and "data-file" in data:
-        return None
-    names = [data["data-file"]] if "data-file" in data else []
-    extents = extents_of_vmdk(member)
-    if len(extents) == 1 or not tells_of_processes():  # else they are found where QEMU has them
-        names += extents
-    paths = [local_file(name) for name in names]
-    files = [open_file(path) if path else None for path in paths] or [own]
-    # "data-file-raw" is said even of a data file that the header does not name.
-    is_known = "data-file" in data or "data-file-raw" not in data
-    is_one = len(files) == 1 and len(extents) <= 1
-    if not (is_known and is_one and files[0] and member["format"] in FORMATS_WITH_OFFSETS):
-        return None
-    is_raw = member["format"] == "raw" or "data-file" in data
-    return files[0], align_up(files[0].size, SECTOR_SIZE if is_raw else 1)
-
-
-def refuse_if_tables_are_missing(file: DiskFile, version: int) -> None:
-    """Raise Error if a qcow or qcow2 image ends before its L1 or one of its L2 tables.
-
-    QEMU would take what is missing for zeros, so for clusters that were never written.
-    """
-    header = bytearray(48)
-    if file.size < len(header):
-        return
-    file.read_into(memoryview(header), 0)
-    if version == 1:
-        size, cluster_bits, l2_bits, l1_offset = struct.unpack(">24xQBB6xQ", header)
-        l1_size = div_up(size, 1 << (cluster_bits + l2_bits))
-    else:
-        cluster_bits, l1_size, l1_offset = struct.unpack(">20xI12xIQ", header)
-        l2_bits = cluster_bits - 3
-    if header[:4] != MAGIC or l1_size * ENTRY_SIZE > MAX_L1_BYTES or not 0 < l2_bits < 22:
-        return  # QEMU says what is wrong with it
-    if l1_offset + l1_size * ENTRY_SIZE > file.size:
-        raise file.ended_early(file.size)
-    entries = read_entries(file, l1_offset, l1_size)
-    last = max((entry & OFFSET_MASK for entry in entries), default=0)
-    if last and last + (ENTRY_SIZE << l2_bits) > file.size:
-        raise file.ended_early(file.size)
-
-
-def read_entries(file: DiskFile, offset: int, count: int) -> "array[int]":
-    """Entries of an L1 or an L2 table."""
-    table = bytearray(count * ENTRY_SIZE)
-    file.read_into(memoryview(table), offset)
-    entries = array("Q", bytes(table))
-    if sys.byteorder == "little":
-        entries.byteswap()
-    return entries
-
-
-def refuse_if_end_is_missing(file: DiskFile) -> None:
-    """Raise Error if a qcow2 image ends before its tables, or before the last data of its disk.
-
-    So does one whose writer failed in the midst. What it lacks would read as zeros.
-    """
-    header = bytearray(80)
-    if file.size < len(header):
-        raise file.ended_early(file.size)
-    file.read_into(memoryview(header), 0)
-    version, bits, size, l1_size, l1_offset, features = struct.unpack(">4xI12xIQ4xIQ24xQ", header)
-    is_plain = version == 2 or not features & (INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_EXTENDED_L2)
-    if not is_plain or not 9 <= bits <= 21 or l1_size * ENTRY_SIZE > MAX_L1_BYTES:
-        return  # QEMU says what is wrong with it
-    refuse_if_tables_are_missing(file, version=2)
-    table_entries = (1 << bits) // ENTRY_SIZE
-    l1 = read_entries(file, l1_offset, l1_size)
-    for index in filter(l1.__getitem__, reversed(range(l1_size))):
-        l2 = read_entries(file, l1[index] & OFFSET_MASK, table_entries)
-        for at in reversed(range(table_entries)):
-            offset = l2[at] & OFFSET_MASK
-            if offset and not l2[at] & (OFLAG_COMPRESSED | OFLAG_ZERO):
-                start = (index * table_entries + at) << bits
-                if offset + min(1 << bits, size - start) > file.size:
-                    raise file.ended_early(file.size)
-                return
-
-
-def refuse_if_grain_tables_are_missing(file: DiskFile) -> None:
-    """Raise Error if an extent of an ESX snapshot (vmfsSparse) ends before one of its tables.
-
-    They lie among the data, made as they were needed: the same as in qcow2.
-    """
-    header = bytearray(28)
-    if file.size < len(header):
-        return
-    file.read_into(memoryview(header), 0)
-    magic, sector, count = struct.unpack("<4s16xII", header)
-    if magic != b"COWD" or count * 4 > MAX_L1_BYTES:
-        return
-    table = bytearray(count * 4)
-    file.read_into(memoryview(table), sector * SECTOR_SIZE)
-    last = max(struct.unpack(f"<{count}I", table), default=0) * SECTOR_SIZE
-    if last and last + COWD_TABLE_SIZE > file.size:
-        raise file.ended_early(file.size)
-
-
-def refuse_if_more_than_qemu_reads(
-    file: DiskFile, member: Dict[str, Any], has_parent: bool
-) -> None:
-    """Raise Error if QEMU takes an image for a smaller or an emptier disk than it is.
-
-    member      what qemu-img says of it
-    has_parent  QEMU has found an image below it
-    """
-    kind, size = member["format"], member["virtual-size"]
-    if kind in ("qcow2", "qcow"):
-        refuse_if_tables_are_missing(file, version=1 if kind == "qcow" else 2)
-    elif kind == "vhdx" and file.size % SECTOR_SIZE:
-        raise file.ended_early(file.size)  # QEMU sees all else that is missing
-    elif kind == "vpc":
-        refuse_if_vhd_is_more(file, size)
-    elif kind == "vmdk":
-        details = member.get("format-specific", {}).get("data", {})
-        refuse_if_vmdk_is_more(file, size, details.get("parent-cid"), has_parent)
-
-
-def refuse_if_vhd_is_more(file: DiskFile, size: int) -> None:
-    """The same of a VHD.
-
-    QEMU knows of no parents, such as those that XenServer's and Hyper-V's snapshots have; and
-    unless it knows the program that has made the image, it takes the size from the geometry.
-    """
-    footer = bytearray(SECTOR_SIZE)
-    for offset in (0, file.size - SECTOR_SIZE):  # where it has a copy at the beginning, there
-        if offset >= 0 and not footer.startswith(b"conectix"):
-            file.read_into(memoryview(footer), offset)
-    creator, current_size, kind = struct.unpack(">28x4s16xQ4xI448x", footer)
-    if kind == 4:
-        raise Error(
-            f"{quoted(file.name)} is a differencing VHD, and QEMU would read zeros where its "
-            "parent has data; merge them first, or export the device that XenServer or Hyper-V "
-            "makes of them"
-        )
-    if current_size > size and creator not in (b"vpc ", b"qemu"):
-        raise Error(
-            f"{quoted(file.name)} has a disk of {current_size} bytes, of which QEMU would read "
-            f"{size}; convert it to another format with the program that made it"
-        )
-
-
-def refuse_if_vmdk_is_more(
-    file: DiskFile, size: int, parent: Optional[int], has_parent: bool
-) -> None:
-    """The same of a VMDK: QEMU finds a parent by its file's name alone, and not every extent.
-
-    parent  the parent's content ID, or what stands for none
-    """
-    if parent not in (None, VMDK_NO_PARENT) and not has_parent:
-        raise Error(
-            f"{quoted(file.name)} is a differencing VMDK that does not name its parent's file, and "
-            "QEMU would read zeros where that has data; merge them first"
-        )
-    magic = bytearray(min(file.size, 4))
-    file.read_into(memoryview(magic), 0)
-    if bytes(magic) in (b"KDMV", b"COWD"):  # an extent, with its descriptor inside
-        return
-    text = bytearray(min(file.size, MAX_VMDK_DESCRIPTOR))
-    file.read_into(memoryview(text), 0)
-    extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", text, re.MULTILINE)
-    whole = sum(map(int, extents)) * SECTOR_SIZE
-    if whole != size:
-        raise Error(
-            f"{quoted(file.name)} has extents of {whole} bytes, which QEMU would read as {size}: "
-            "it skips one that is not RW, or takes one behind an empty line twice"
-        )
-
-
-def read_map(
-    image: ImageName, size: int, places: List[Place]
-) -> Generator[Dict[str, Any], None, None]:
-    """What `qemu-img map` says of each part of an image, from its start to its size in bytes.
-
-    places  of each member of its chain
-
-    Raises Error where the parts don't follow each other up to there, or if a file ends before its
-    data: QEMU would read zeros there, and even says so.
-    """
-    end = 0
-    with contextlib.closing(run_qemu_img(b"map", image)) as lines:
-        for line in lines:
-            text = line.strip(b"[], \r\n")  # a list, an entry a line: nothing is kept of it
-            if not text:
-                continue
-            entry = parse_qemu_json(text, image)
-            refuse_unless_it_tells(image, entry, ("start", "length", "depth", "zero", "data"))
-            numbers = (entry["length"], entry["depth"], entry.get("offset", 0))
-            if entry["start"] != end or not all(map(_is_whole, numbers)):
-                break
-            end += entry["length"]
-            place = places[entry["depth"]] if entry["depth"] < len(places) else None
-            if place and entry["data"] and "offset" in entry:  # else it is compressed, or elsewhere
-                file, file_end = place
-                if entry["offset"] + entry["length"] > file_end:
-                    raise file.ended_early(file.size)
-            yield entry
-    if end != size:
-        raise Error(
-            f"cannot open {quoted(image.name)}: of its {size} bytes, qemu-img has told of {end}"
-        )
-
-
-def refuse_unless_it_tells(image: ImageName, answer: Any, keys: Sequence[str]) -> None:
-    """Raise Error if what qemu-img printed is no object with these keys."""
-    if not (isinstance(answer, dict) and answer.keys() >= set(keys)):
-        raise Error(
-            f"cannot open {quoted(image.name)}: qemu-img has not told its {' and '.join(keys)}"
-        )
-
-
-def local_file(name: str) -> Optional[str]:
-    """The name of a file that qemu-img has printed, as the system knows it; None for no file.
-
-    Nor for a name that it could not print, if several files would have been printed so.
-    """
-    if PROTOCOLS.match(name):
-        return None
-    if "\ufffd" in name:
-        return only_file_printed_as(name)
-    try:
-        path = os.fsdecode(name.encode("utf-8", "surrogateescape"))
-        return path if os.path.exists(path) else None
-    except ValueError:
-        return None
-
-
-def only_file_printed_as(name: str) -> Optional[str]:
-    """The one file whose name is this one where bytes that are no UTF-8 are replaced."""
-    import glob
-
-    pattern = re.sub(b"(\xef\xbf\xbd)+", b"*", glob.escape(os.fsencode(name)))
-    blurred, printed = re.compile("\ufffd+"), functools.partial(bytes.decode, errors="replace")
-    same = [
-        path
-        for path in glob.glob(pattern)
-        if blurred.sub("?", printed(path)) == blurred.sub("?", name)
-    ]
-    return os.fsdecode(same[0]) if len(same) == 1 else None
-
-
-def member_files(
-    chain: List[Dict[str, Any]], image: ImageName, open_file: Callable[[str], DiskFile]
-) -> List[Any]:
-    """Of each member of a chain the file that it lies in, opened, or None if there is none."""
-    names = [local_file(member["filename"]) for member in chain[not image.is_options :]]
-    if not image.is_options:
-        names.insert(0, image.name)
-    return [name and open_file(name) for name in names]
-
-
-def holds_its_data(member: Dict[str, Any]) -> bool:
-    """Whether what a member of a chain stores lies in its own file, as the guest sees it."""
-    data = member.get("format-specific", {}).get("data", {})
-    # "data-file-raw" is said even of a data file that the header does not name.
-    has_data_file = "data-file" in data or "data-file-raw" in data
-    is_plain = member["format"] in ("qcow2", "raw") and not member.get("encrypted")
-    return is_plain and not has_data_file
-
-
-def read_chain(
-    image: ImageName, chain: List[Dict[str, Any]], files: List[Any], places: List[Place]
-) -> Optional[ChainSource]:
-    """The disk, to be read straight from its chain's files; None where QEMU must read it."""
-    if image.is_options or not all(files) or not all(map(holds_its_data, chain)):
-        return None
-    for member in chain:
-        # A name in JSON may hold any option, of which nothing more is said here.
-        below = (member.get(f"{key}backing-filename", "") for key in ("", "full-"))
-        if any(name.startswith("json:") for name in below):
-            return None
-    source = ChainSource(chain[0]["virtual-size"], files)
-    # Closed here, and not by whoever collects garbage: he would swallow a signal's exception.
-    with contextlib.closing(read_map(image, source.size, places)) as entries:
-        for entry in entries:
-            if entry["zero"]:
-                continue
-            is_there = "offset" in entry and entry["depth"] < len(files)
-            if not entry["data"] or not is_there or entry.get("compressed"):
-                return None
-            is_raw = chain[entry["depth"]]["format"] == "raw"
-            source.add(entry["start"], entry["length"], entry["depth"], entry["offset"], is_raw)
-    return source
-
-
-def stored_ranges(image: ImageName, size: int, places: List[Place]) -> "RangeList":
-    """What of an image is not known to be zeros.
-
-    An export's holes tell less: what QEMU can only find out by reading would be one of them.
-
-    places  of each member of its chain
-    """
-    ranges = RangeList()
-    with contextlib.closing(read_map(image, size, places)) as entries:
-        for entry in entries:
-            if not entry["zero"]:
-                ranges.add(entry["start"], entry["start"] + entry["length"])
-    return ranges
-
-
-# Signals end the program by their default action, at once and whatever it waits for, as long as
-# there is nothing to clean up. Once there is, they are caught.
-
-ENDING_SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGXCPU,
-    signal.SIGUSR2,
-)
-
-
-class Interrupted(BaseException):
-    """A signal that asks the program to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-def _interrupt(signum: int, _frame: Any) -> None:
-    # One is enough: cleaning up must not be cut short. (Of one that is on its way already,
-    # Python would complain if it was ignored by the system.)
-    release_signals(lambda _signum, _frame: None)
-    raise Interrupted(signum)
-
-
-def catch_signals() -> None:
-    """Let the signals that ask for an end go through the cleaning up; ignored ones stay so."""
-    for signum in ENDING_SIGNALS:
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, _interrupt)
-
-
-def release_signals(how: Any = signal.SIG_DFL) -> None:
-    """Handle the signals that are caught no more, but as `how` says."""
-    for signum in ENDING_SIGNALS:
-        if signal.getsignal(signum) == _interrupt:
-            signal.signal(signum, how)
-
-
-class Export:
-    """A disk that qemu-storage-daemon shows as a raw file, as long as this lives.
-
-    The daemon is a child. It ends with close(), or by the kernel's hand when this process is
-    gone. As soon as the file is open, its mount and its folder are taken away: the open file
-    goes on to work, and nothing is left to be cleaned up.
-    """
-
-    def __init__(self, image: ImageName) -> None:
-        """Raises Error if nothing can be shown here at all."""
-        if not os.path.exists("/dev/fuse"):
-            raise Error(
-                f"cannot open {quoted(image.name)}: there is no /dev/fuse, which reading this "
-                "format needs; load the kernel's module fuse, or convert the image to raw"
-            )
-        import threading
-
-        self._image = image
-        self._is_closed = threading.Event()
-        self._daemon = None  # type: Any
-        self._folder = ""
-        self.path = ""
-
-    def open(self) -> DiskFile:
-        """Show the disk and open it. Raises Error if that can't be done."""
-        import tempfile
-
-        catch_signals()
-        # A signal in between would leave a folder that nobody knows of.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        try:
-            self._folder = os.path.realpath(tempfile.mkdtemp(prefix="qcow2_to_stdout."))
-            self.path = os.path.join(self._folder, "disk")
-            with open(self.path, "wb"):
-                pass
-        except OSError as error:
-            raise Error(f"cannot make a temporary folder: {reason(error)}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        export = {
-            "type": "fuse",
-            "id": "export",
-            "node-name": "disk",
-            "mountpoint": self.path,
-            "writable": False,
-            "allow-other": "off",
-        }
-        # The monitor comes last: it says hello when all before it is done.
-        arguments = [b"qemu-storage-daemon", b"--blockdev", self._image.blockdev("disk")]
-        arguments += [b"--export", dump_json(export)]
-        arguments += [b"--chardev", b"stdio,id=monitor", b"--monitor", b"monitor"]
-        parent = os.getpid()
-        has_proc = tells_of_processes()
-        may_be_alone = has_proc and mounts_are_shared()
-        self._daemon = start_program(
-            arguments,
-            stdin=-1,
-            start_new_session=True,
-            preexec_fn=lambda: prepare_daemon(parent, may_be_alone),
-        )
-        self._stderr = Drain(self._daemon.stderr)
-        ending = set(ENDING_SIGNALS) - set(blocked)
-        start_thread(lambda: self._let_signals_through(ending))
-        self._wait_until_ready()
-        file = self._open_shown(has_proc)
-        self._remove_mount()
-        return file
-
-    def _let_signals_through(self, ending: Any) -> None:
-        """Kill the daemon if a signal should end us, and the main thread does not take it.
-
-        It waits for the export then, and would for ever if a server behind that never answers:
-        no signal that is caught interrupts a wait for a file system. With its daemon gone, every
-        read fails.
-        """
-        late = 0
-        while not self._is_closed.wait(SIGNAL_PATIENCE):
-            late = late + 1 if ending & set(signal.sigpending()) else 0
-            if late == 2:
-                self._send(signal.SIGKILL)
-            elif late == 8:  # it waits for something else: perhaps the output's server
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def _open_shown(self, has_proc: bool) -> DiskFile:
-        """Open what the daemon shows. One that does not answer would hold us for ever."""
-        with time_limit(QEMU_PATIENCE, lambda: self._send(signal.SIGKILL)) as is_late:
-            shown = f"/proc/{self._daemon.pid}/root{self.path}" if has_proc else self.path
-            shown = shown if os.path.exists(shown) else self.path
-            try:
-                file = DiskFile(shown, self._image.name, is_export=True)
-            except Error:
-                if is_late.is_set():
-                    raise self._no_answer() from None
-                raise
-        if file.identity[0] == os.stat(self._folder).st_dev:  # the empty file below the mount
-            file.close()
-            if is_late.is_set():
-                raise self._no_answer()
-            raise Error(f"cannot open {quoted(self._image.name)}: its export can't be seen")
-        return file
-
-    def _no_answer(self) -> Error:
-        return Error(
-            f"cannot open {quoted(self._image.name)}: qemu-storage-daemon does not answer within "
-            f"{QEMU_PATIENCE} seconds"
-        )
-
-    def held_files(self) -> Iterator[DiskFile]:
-        """What the daemon reads itself, whatever the image consists of, opened here as well."""
-        process = f"/proc/{self._daemon.pid}"
-        names = []  # type: List[str]
-        with suppress_untold():
-            names = os.listdir(f"{process}/fd") if tells_of_processes() else []
-        for name in names:
-            path = f"{process}/fd/{name}"
-            with suppress_untold(), contextlib.suppress(ValueError):  # closed since
-                mode = os.stat(path).st_mode
-                with open(f"{process}/fdinfo/{name}") as info:
-                    flags = dict(line.split(":", 1) for line in info)["flags"]
-                is_log = int(flags, 8) & ACCESS_MODE != os.O_RDONLY
-                if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
-                    yield DiskFile(path, os.readlink(path))
-
-    def _wait_until_ready(self) -> None:
-        stdout = self._daemon.stdout
-        wait = functools.partial(wait_for, stdout.fileno(), "POLLIN")
-        if not wait_in_steps(wait, QEMU_PATIENCE):
-            raise self._no_answer()
-        if not os.read(stdout.fileno(), 1):
-            complaints = complaint(self._stderr.text())
-            raise Error(f"cannot open {quoted(self._image.name)}: {complaints}")
-
-    def _remove_mount(self) -> None:
-        """Take mount and folder away, also from under the open file. Where it can't be: later."""
-        if not self._folder:
-            return
-        path = os.fsencode(self.path)
-        if self._is_mounted() and libc_call("umount2", path, MNT_DETACH) != 0:
-            import subprocess  # not root: FUSE's own helper may
-
-            with contextlib.suppress(OSError):
-                subprocess.call(
-                    [b"fusermount3", b"-u", b"-z", path],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-        with contextlib.suppress(OSError):
-            os.rmdir(self._folder)
-            self._folder = ""
-
-    def _is_mounted(self) -> bool:
-        """Whether the mount is seen from here: if not, it goes with the daemon."""
-        try:
-            return os.stat(self.path).st_dev != os.stat(self._folder).st_dev
-        except OSError as error:
-            return error.errno != errno.ENOENT  # a mount whose daemon is dead
-
-    def _send(self, signum: int) -> None:
-        """Send a signal to the daemon and all of its session: it may be a script around it."""
-        with contextlib.suppress(OSError):  # it has ended
-            os.killpg(self._daemon.pid, signum)
-
-    def close(self) -> None:
-        """End the daemon, wait for it, and remove what is left."""
-        self._is_closed.set()
-        # Cleaning up must not be cut short.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        try:
-            if self._daemon is not None:
-                self._end_daemon()
-            self._remove_mount()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-    def _end_daemon(self) -> None:
-        import subprocess
-
-        self._send(signal.SIGTERM)
-        try:
-            self._daemon.wait(END_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._send(signal.SIGKILL)
-            self._daemon.wait()
-        for pipe in (self._daemon.stdin, self._daemon.stdout):
-            pipe.close()
-
-
-def libc_call(name: str, *arguments: Any) -> int:
-    """Call a function of the C library; -1 if it fails, or if there is no way to call it."""
-    try:
-        import ctypes
-
-        return int(getattr(ctypes.CDLL(None), name)(*arguments))
-    except (ImportError, OSError, AttributeError):
-        return -1
-
-
-def die_with(parent: int, how: int) -> None:
-    """In a child: have the kernel send it a signal when its parent ends, whatever ends that one."""
-    libc_call("prctl", PR_SET_PDEATHSIG, int(how), 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
-        os._exit(1)
-
-
-def prepare_daemon(parent: int, may_be_alone: bool) -> None:
-    """In a child: let the kernel clean up after it, and end it when its parent has ended.
-
-    As root its mounts are its own, and gone as soon as it is: then nothing but its death is
-    needed. Else it is asked to end, and takes its mount away. So it is where its copies of the
-    system's mounts would not follow these: what somebody unmounts would stay in use.
-    """
-    is_alone = (
-        may_be_alone
-        and libc_call("unshare", CLONE_NEWNS) == 0
-        and (libc_call("mount", b"none", b"/", None, MS_REC | MS_SLAVE, None) == 0)
-    )
-    die_with(parent, signal.SIGKILL if is_alone else signal.SIGTERM)
-    # The terminal's Ctrl-C is for the parent, which ends the daemon when it has cleaned up.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def mounts_are_shared() -> bool:
-    """Whether all mounts that are seen here are shared, as systemd has them."""
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:
-        return all(b" shared:" in line.split(b" - ")[0] for line in mounts)
-    return False
-
-
-def tells_of_processes() -> bool:
-    """Whether /proc is that of our own process numbers: not so in some containers."""
-    try:
-        return os.readlink("/proc/self") == str(os.getpid())
-    except OSError:
+        return stat.S_ISBLK(os.stat(name).st_mode)
+    except (OSError, ValueError):
         return False
 
 
-def open_image(image: ImageName, resources: contextlib.ExitStack) -> Source:
-    """Open a disk in any format that QEMU knows: directly if possible, else by an export."""
-    opened = {}  # type: Dict[str, DiskFile]
+def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
+    """Start one of QEMU's programs, and have it killed when the calling thread ends.
 
-    def open_file(name: str) -> DiskFile:
-        if name not in opened:
-            opened[name] = DiskFile(name)
-            resources.callback(opened[name].close)
-        return opened[name]
+    listener    a socket to which it listens; otherwise its output goes into a pipe
 
-    # Opened before anything is learned of them, so that a change from now on is seen.
-    if not image.is_options:
-        open_file(image.name)
-    chain = backing_chain(image)
-    files = member_files(chain, image, open_file)
-    if len(chain) > 1 and backing_chain(image) != chain:  # what is opened is no more that chain
-        raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
-    for depth, (member, file) in enumerate(zip(chain, files)):
-        if file:
-            refuse_if_more_than_qemu_reads(file, member, has_parent=depth + 1 < len(chain))
-        for path in filter(None, map(local_file, extents_of_vmdk(member))):
-            with contextlib.closing(DiskFile(path)) as extent:
-                refuse_if_grain_tables_are_missing(extent)
-    places = [
-        place_of_data(member, file, open_file, image.is_options and "data-file" in image.name)
-        for member, file in zip(chain, files)
-    ]
-    source = read_chain(image, chain, files, places)  # type: Optional[Source]
-    if source is None:
-        watched = opened.values()
-        source = open_export(image, chain[0]["virtual-size"], places, watched, resources)
-    for each in opened.values():
-        each.refuse_if_replaced()
-    source.files = source.files + [each for each in opened.values() if each not in source.files]
+    Returns a Popen. The pipe of its stderr keeps what it says first and loses the rest: nobody
+    need read it. Raises Error if the program isn't there.
+    """
+    import subprocess
+
+    parent = os.getpid()
+    libc_call("getpid")  # has the library loaded now: a child had better not
+
+    def prepare() -> None:
+        libc_call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(1)
+        os.set_blocking(2, False)
+        if listener is not None:
+            os.dup2(listener.fileno(), SD_LISTEN_FDS_START)
+            os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+
+    try:
+        return subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if listener is None else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            preexec_fn=prepare,  # noqa: PLW1509  # no thread runs yet
+            pass_fds=() if listener is None else (SD_LISTEN_FDS_START,),
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        name = os.fsdecode(arguments[0])
+        raise Error(
+            f"cannot run {name}: {socket_reason(error)}; it comes with the package {QEMU_PACKAGES}"
+        ) from error
+
+
+def end_program(program: Any) -> str:
+    """Kill a program unless it has ended. Returns what it has said is wrong: see complaint()."""
+    program.kill()
+    program.wait()
+    os.set_blocking(program.stderr.fileno(), False)  # a child of it may hold the other end
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(program.stderr.fileno(), 64 << 10)
+    return complaint(said)
+
+
+def complaint(stderr: bytes) -> str:
+    """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
+    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines()]
+    text = quoted("; ".join(line for line in lines if line))[1:-1]
+    text = re.sub(r"^qemu-(img|nbd): ", "", text)
+    if "lock" in text and "Failed to get" in text:
+        text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
+    if "Unknown driver" in text:
+        text += "; QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"
+    return text
+
+
+def run_qemu_img(
+    command: Sequence[bytes],
+    image: ImageName,
+    objects: Sequence[str],
+    timeout: Optional[float] = None,
+) -> Generator[bytes, None, None]:
+    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
+    program = start_program([b"qemu-img", *command, b"--output=json", *image.arguments(objects)])
+    failed = f"cannot open {quoted(image.name)}: "
+    try:
+        if not wait_for(program.stdout.fileno(), "POLLIN", timeout):
+            raise Error(failed + f"qemu-img does not answer within {timeout} seconds")
+        for line in program.stdout:
+            yield line
+        if program.wait():
+            raise Error(failed + (end_program(program) or "qemu-img says nothing"))
+    finally:
+        end_program(program)
+        program.stdout.close()
+        program.stderr.close()
+
+
+def private_socket() -> Tuple[Any, Any]:
+    """A Unix socket that listens, and one that is connected to it. Nobody else can reach it.
+
+    Its name, in a folder of its own, is gone when this returns.
+    """
+    import socket
+
+    errors = []
+    for parent in filter(None, (os.environ.get("TMPDIR"), *SOCKET_FOLDERS)):
+        folder = os.path.join(parent, f"{PROGRAM}.{os.urandom(8).hex()}")
+        path = os.path.join(folder, "nbd")
+        listener, sock = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        # A signal that ends the program must not leave the folder.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        try:
+            os.mkdir(folder, 0o700)
+            try:
+                listener.bind(path)
+                listener.listen(1)
+                sock.connect(path)
+                return listener, sock
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                os.rmdir(folder)
+        except OSError as error:
+            errors.append(f"{quoted(parent)}: {socket_reason(error)}")
+            listener.close()
+            sock.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    raise Error(f"cannot make a socket for qemu-nbd; TMPDIR names a folder ({'; '.join(errors)})")
+
+
+def start_qemu_nbd(
+    arguments: Sequence[bytes], label: str, resources: contextlib.ExitStack
+) -> Tuple[NbdExport, int]:
+    """Have a private qemu-nbd open an image. To be called by the main thread.
+
+    arguments   what names the image, and any options
+    label       what the image is called in messages
+
+    Returns its export and its process number. It is killed with the resources, or when the main
+    thread ends, whatever ends it. Raises Error with its complaint.
+    """
+    listener, sock = private_socket()
+    resources.callback(sock.close)
+    try:
+        program = start_program([b"qemu-nbd", b"--read-only", *arguments], listener)
+    finally:
+        listener.close()  # so that the connection ends with qemu-nbd
+    resources.callback(program.stderr.close)
+    resources.callback(end_program, program)
+    try:
+        export = NbdExport(sock, label)
+    except Error as error:
+        why = end_program(program)
+        raise Error(f"cannot open {label}: {why}") if why else error from None
+    resources.callback(export.close)
+    return export, program.pid
+
+
+class MappedSource(Source):
+    """A disk whose guest bytes lie in one file, at offsets that are known: 24 bytes an extent."""
+
+    def __init__(self, size: int, watch: Watch, file: DiskFile) -> None:
+        super().__init__(size, watch)
+        self._file = file
+        self._shift = 0
+        self._starts, self._ends, self._offsets = array("Q"), array("Q"), array("Q")
+
+    def add(self, start: int, end: int, offset: int) -> None:
+        """Append an extent. Raises Error if it does not lie within the file."""
+        end = min(end, self.size)
+        if offset + end - start > self._file.size:
+            raise self._file.ended_early(self._file.size)
+        if self._ends and (self._ends[-1], self._shift) == (start, offset - start):
+            self._ends[-1] = end
+            return
+        self._shift = offset - start
+        self._starts.append(start)
+        self._ends.append(end)
+        self._offsets.append(offset)
+
+    def extents(self) -> Iterator[Extent]:
+        """All that may hold anything but zeros, in guest order."""
+        file, stored = itertools.repeat(self._file), itertools.repeat(0)
+        return zip(self._starts, self._ends, file, self._offsets, stored)
+
+
+def read_map(image: ImageName, file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]:
+    """The disk where `qemu-img map` says that it is; None if QEMU must read some of it.
+
+    Raises Error if the file ends before its data: QEMU would read zeros there.
+    """
+    source = MappedSource(size, watch, file)
+    end = 0
+    with contextlib.closing(run_qemu_img([b"map"], image, ())) as lines:
+        for line in lines:
+            text = line.strip(b"[], \r\n")  # a list, an entry a line: no text is kept of it
+            if not text:
+                continue
+            entry = parse_json(text, image, "start", "length", "data", "zero")
+            start, end = entry["start"], entry["start"] + entry["length"]
+            if entry["data"] and "offset" in entry and not entry.get("compressed"):
+                source.add(start, end, entry["offset"])
+            elif not entry["zero"]:
+                return None
+    if end != size:
+        raise Error(f"cannot open {quoted(image.name)}: qemu-img maps {end} of its {size} bytes")
     return source
 
 
-def open_export(
-    image: ImageName,
-    size: int,
-    places: List[Place],
-    watched: Iterable[DiskFile],
-    resources: contextlib.ExitStack,
-) -> Source:
-    """Open a disk as QEMU shows it.
+def parse_json(text: bytes, image: ImageName, *keys: str) -> Any:
+    """An object, or a list of them, that qemu-img has printed. Raises Error if it is neither."""
+    import json
 
-    size        of the disk, in bytes
-    places      of the data of each member of its chain, where they are known
-    watched     the files that are known to hold it: that they change would be noticed
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        answer = json.loads(text.decode("utf-8", "surrogateescape"))
+        if all(each.keys() >= set(keys) for each in (answer if keys[1:] == () else [answer])):
+            return answer
+    raise Error(
+        f"cannot open {quoted(image.name)}: qemu-img does not print the JSON that it should"
+    )
+
+
+def vhdx_items(table: bytes, first: int, code: str) -> Dict[bytes, Tuple[int, ...]]:
+    """The entries of a VHDX's region or metadata table, by the first bytes of their GUIDs."""
+    entries = (table[at : at + 32] for at in range(first, len(table), 32))
+    return {entry[:4]: struct.unpack(code, entry[16:]) for entry in entries if len(entry) == 32}
+
+
+def read_vhdx(file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]:
+    """The disk in a VHDX, from its block allocation table (MS-VHDX, sections 2.2.3 to 2.6).
+
+    None where QEMU must say what it means. It has opened the image: there is no log to replay.
     """
-    known = {each.identity for each in watched}
-    held = []  # type: List[DiskFile]
-    for _ in range(2):
-        with contextlib.ExitStack() as attempt:
-            # Asked while there is no export: some servers talk to one client at a time.
-            ranges = stored_ranges(image, size, places)
-            export = Export(image)
-            attempt.callback(export.close)
-            file = export.open()
-            attempt.callback(file.close)
-            found = len(held)
-            for each in export.held_files():
-                resources.callback(each.close)
-                held.append(each)
-            if file.size != size:  # nobody watches a remote disk
-                break
-            if known.issuperset(each.identity for each in held[found:]):
-                resources.push(attempt.pop_all())
-                source = RawSource(file, ranges=ranges)
-                source.files += held
-                return source
-        # Files that nothing has named may have changed before they were watched: once more.
-        known.update(each.identity for each in held)
-    raise Error(f"{quoted(image.name)} changed while it was opened; run the program again")
+    regions = vhdx_items(file.read(VHDX_REGIONS, 64 << 10), 16, "<QII")
+    metadata, bat = regions[VHDX_METADATA][0], regions[VHDX_BAT][0]
+    items = vhdx_items(file.read(metadata, 64 << 10), 32, "<IIII")
+    numbers = [
+        int.from_bytes(file.read(metadata + items[guid][0], 4), "little")
+        for guid in (VHDX_PARAMETERS, VHDX_SECTOR_SIZE)
+    ]
+    block_size, sector_size = numbers
+    blocks_per_bitmap = (sector_size << 23) // block_size
+    source = MappedSource(size, watch, file)
+    for first in range(0, div_up(size, block_size), blocks_per_bitmap):
+        # Each of these groups is followed by the entry of a sector bitmap, which is not used.
+        count = min(blocks_per_bitmap, div_up(size, block_size) - first)
+        at = bat + (first + first // blocks_per_bitmap) * ENTRY_SIZE
+        entries = struct.unpack(f"<{count}Q", file.read(at, count * ENTRY_SIZE))
+        for index, entry in enumerate(entries, first):
+            state, offset = entry & 7, entry >> 20 << 20
+            if state == VHDX_PRESENT:
+                start = index * block_size
+                source.add(start, start + block_size, offset)
+            elif state not in VHDX_NO_DATA:
+                return None
+    return source
+
+
+def refuse_misread(file: DiskFile, chain: Sequence[Dict[str, Any]]) -> None:
+    """Raise Error if QEMU takes an image for less than it is.
+
+    It knows of no parents of a VHD, such as those that XenServer's and Hyper-V's snapshots have,
+    nor of a VMDK that does not name its file; and unless it knows the program that has made a
+    VHD, it takes the size from the geometry.
+
+    chain   what qemu-img says of the image and of what is below it
+    """
+    details = chain[0].get("format-specific", {}).get("data", {})
+    if details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT and not chain[1:]:
+        raise Error(
+            f"{file.label} is a differencing VMDK that does not name its parent's file, and QEMU "
+            "would read zeros where that has data; merge them first"
+        )
+    if chain[0]["format"] != "vpc" or file.size < SECTOR_SIZE:
+        return
+    # Where it has a copy at the beginning, QEMU reads that.
+    footers = (file.read(at, SECTOR_SIZE) for at in (0, file.size - SECTOR_SIZE))
+    footer = next((each for each in footers if each.startswith(b"conectix")), bytes(SECTOR_SIZE))
+    creator, current_size, kind = struct.unpack_from(">28x4s16xQ4xI", footer)
+    if kind == 4:
+        raise Error(
+            f"{file.label} is a differencing VHD, and QEMU would read zeros where its parent has "
+            "data; merge them first, or export the device that XenServer or Hyper-V makes of them"
+        )
+    size = chain[0]["virtual-size"]
+    if current_size > size and creator not in (b"vpc ", b"qemu"):
+        raise Error(
+            f"{file.label} has a disk of {current_size} bytes, of which QEMU would read {size}; "
+            "convert it to another format with the program that made it"
+        )
+
+
+def open_with_qemu(
+    image: ImageName,
+    watch: Watch,
+    resources: contextlib.ExitStack,
+    objects: Sequence[str] = (),
+    snapshot: Optional[str] = None,
+) -> Source:
+    """Open a disk in any format that QEMU knows. To be called by the main thread.
+
+    objects     definitions for QEMU's --object
+    snapshot    the name or ID of an internal snapshot
+
+    Raises Error if QEMU can't open it, or would read less than it holds.
+    """
+    if not image.is_options:
+        # Watched before anything is learned of it, so that a change from now on is seen.
+        file = DiskFile(image.name, watch)
+        resources.callback(file.close)
+        info = run_qemu_img([b"info", b"--backing-chain"], image, objects, NBD_TIMEOUT)
+        chain = parse_json(b"".join(info), image, "format")
+        top = chain[0]
+        refuse_misread(file, chain)
+        extents = top.get("format-specific", {}).get("data", {}).get("extents", [])
+        source = None
+        if len(chain) == 1 and len(extents) <= 1 and not objects:
+            if top["format"] == "vhdx":
+                source = read_vhdx(file, top["virtual-size"], watch)
+            elif top["format"] in FORMATS_WITH_OFFSETS and not is_elsewhere(extents, file):
+                source = read_map(image, file, top["virtual-size"], watch)
+        if source:
+            return source
+    arguments = image.arguments(objects)
+    if snapshot is not None:
+        arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
+    export, pid = start_qemu_nbd(arguments, quoted(image.name), resources)
+    watch_process(pid, watch, resources)
+    return RawSource(export, watch)
+
+
+def is_elsewhere(extents: Sequence[Dict[str, Any]], file: DiskFile) -> bool:
+    """Whether a VMDK's only extent is another file than that which names it."""
+    try:
+        return any(file_identity(os.stat(each["filename"])) != file.identity for each in extents)
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+def watch_process(pid: int, watch: Watch, resources: contextlib.ExitStack) -> None:
+    """Watch the files and block devices that another process reads, whatever an image has."""
+    folder = f"/proc/{pid}/fd"
+    with ignore_unavailable():
+        for name in os.listdir(folder):
+            with ignore_unavailable():
+                path = f"{folder}/{name}"
+                mode = os.stat(path).st_mode
+                with open(f"/proc/{pid}/fdinfo/{name}") as info:
+                    flags = int(dict(line.split(":", 1) for line in info)["flags"], 8)
+                is_log = flags & (os.O_WRONLY | os.O_RDWR)
+                if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
+                    file = DiskFile(path, watch, quoted(os.readlink(path)))
+                    resources.callback(file.close)
 
 
 # ---------------------------------------------------------------------------------------------
-# Scan: what each guest cluster will be. One cluster map, filled once and in guest order.
+# Scan: what each guest cluster will be. One cluster map, filled once and in guest order. What
+# others say of a disk (layouts, maps, dirty bitmaps) becomes ranges; rules turn ranges into
+# steps; readers take the steps that need a look, and the map gets the states.
 # ---------------------------------------------------------------------------------------------
 
 UNALLOCATED, DATA, ZERO = 0, 1, 2  # what a cluster can be
@@ -2027,19 +2451,12 @@ _MIXED = 3  # only of a page: its clusters differ
 
 MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has more
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
-PIECE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
+SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
+COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
+FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
-PIECES_AHEAD = 2  # pieces for each reader: one at work, one that waits for it
-FIRST_PIECE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
-READER_PATIENCE = 1.0  # seconds between two looks whether any reader is at work
-INLINE_PIECES = 3  # of a scan, before threads are worth their start
-HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
-PATIENCE = 4  # clusters with zeros at their head, in a row, until all the rest is read as well
-SLOW_HEAD = 20e-6  # seconds to read one, ten times what it takes from memory
-FAR_HEAD = 900e-6  # the same, for the quickest, where latency is all that counts
-FAR_READ_SIZE = 1 << 20  # bytes of one read there: four readers get 570 MB/s, not 390
-_ZERO_HEAD = bytes(HEAD_SIZE)
-_IMPATIENT = bytes(PATIENCE)
+AHEAD_ITEMS = 2  # items for each reader: one at work, one that waits for it
+INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
 _ZERO_RUN = re.compile(b"\x00+")
 
 
@@ -2193,26 +2610,13 @@ _ZERO_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, ZERO)))
 _PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03", re.DOTALL)
 
 
-def joined(ranges: Iterable[Range]) -> Iterator[Range]:
-    """Sorted ranges as disjoint ones: those that touch or overlap become one."""
-    start = end = 0
-    for next_start, next_end in ranges:
-        if next_start > end:
-            if end > start:
-                yield start, end
-            start = next_start
-        end = max(end, next_end)
-    if end > start:
-        yield start, end
-
-
 def cluster_runs(ranges: Iterable[Sequence[Any]], cluster_size: int) -> Iterator[Range]:
     """The clusters that sorted byte ranges touch, rounded outwards: disjoint ranges."""
     return joined((each[0] // cluster_size, div_up(each[1], cluster_size)) for each in ranges)
 
 
-def sweep(end: int, *rows: Iterable[Any]) -> Iterator[Tuple[int, int, List[Any]]]:
-    """Lay several rows of disjoint, sorted ranges over each other, from 0 to end.
+def sweep(end: int, *rows: Iterable[Any], start: int = 0) -> Iterator[Tuple[int, int, List[Any]]]:
+    """Lay several rows of disjoint, sorted ranges over each other, from start to end.
 
     Yields (start, end, items): in each row the range that covers this stretch, or None. The
     stretches are as long as they can be, and follow each other without a gap.
@@ -2220,7 +2624,7 @@ def sweep(end: int, *rows: Iterable[Any]) -> Iterator[Tuple[int, int, List[Any]]
     iterators = [iter(row) for row in rows]
     past = (end, end)
     current = [next(iterator, past) for iterator in iterators]
-    position = 0
+    position = start
     while position < end:
         items = [item if item[0] <= position else None for item in current]
         limit = min([end] + [item[1] if item[0] <= position else item[0] for item in current])
@@ -2231,98 +2635,106 @@ def sweep(end: int, *rows: Iterable[Any]) -> Iterator[Tuple[int, int, List[Any]]
                 current[row] = next(iterators[row], past)
 
 
-@functools.lru_cache(maxsize=4)
-def zeros(length: int) -> bytes:
-    """So many zeros, made once."""
-    return bytes(length)
+class Cutter:
+    """Takes a row of sorted, disjoint ranges or extents apart, from its start to its end."""
+
+    def __init__(self, row: Iterable[Any]) -> None:
+        self._row = iter(row)
+        self._next = next(self._row, _PAST)
+
+    def starts_at(self, position: int) -> int:
+        """Where the first range begins that ends behind a position; MAX_SIZE if there is none."""
+        while self._next[1] <= position:
+            self._next = next(self._row, _PAST)
+        return int(self._next[0])
+
+    def take(self, start: int, end: int) -> List[Any]:
+        """What lies between start and end, cut to that. Never back: start must rise."""
+        taken = []
+        item = self._next
+        while item[0] < end:
+            if item[1] > start:
+                if item[0] < start or item[1] > end:
+                    taken.append(cut(item, max(start, item[0]), min(end, item[1])))
+                else:
+                    taken.append(item)
+            if item[1] > end:
+                break
+            item = next(self._row, _PAST)
+        self._next = item
+        return taken
 
 
-class ZeroProbe(NamedTuple):
-    """Reads a source and tells which of its clusters are all zeros.
+_PAST = (MAX_SIZE, MAX_SIZE + 1)  # behind every row
 
-    Where data is dense, the first 4 KiB of a cluster nearly always prove that it is data: the
-    rest of it need not be read twice. A disk full of data is read 1.07 times in all.
 
-    zeros, other    the state to give to a cluster that is all zeros, and to any other
+class ReadPolicy:
+    """How the next reads are best made, from what the last ones were like.
+
+    expects_data    so many clusters were data that the first bytes of each are looked at first
+    is_cold         the first read was not in memory: what is not read is won, and what must be
+                    is asked for ahead
+    reads_all       it is to be read from the start to the end, as a program that serves files
+                    (FUSE) likes it, if memory keeps them for the copy
     """
 
-    source: Source
-    zeros: int
-    other: int
+    def __init__(self, reads_all: bool = False) -> None:
+        self.expects_data = True
+        self.is_cold = False
+        self.reads_all = reads_all
+        self._is_new = True
+        self._window = FIRST_SHARE_SIZE
 
-    def is_quick(self, experience: Experience) -> bool:
-        """Whether the next piece is but a few small reads from memory.
+    def look_at(self, extents: Sequence[Extent]) -> None:
+        """See what kind of source it is, by its first extent."""
+        if self._is_new and extents:
+            self._is_new = False
+            file, offset, stored = extents[0][2:]
+            file = file.file if stored else file
+            self.is_cold = not file.is_cached(offset)
+            if self.is_cold and isinstance(file, DiskFile) and file.size < available_memory() // 2:
+                device = os.fstat(file.fd).st_dev
+                self.reads_all |= not os.major(device) and file_system(device).startswith("fuse")
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the next share is but a few small reads from memory.
 
         These hand Python's lock from thread to thread with each call: four readers would take
         twice the time of one.
         """
-        return experience.expects_data and not experience.is_slow
+        return self.expects_data and not self.is_cold
 
-    def states(
-        self, first: int, end: int, cluster_size: int, experience: Experience, scratch: Scratch
-    ) -> bytes:
-        """The states of the clusters from first to end, a byte for each."""
-        candidates = [(first, end)]
-        if experience.expects_data and not experience.is_far and cluster_size > HEAD_SIZE:
-            candidates = self._zero_heads(first, end, cluster_size, experience)
-            if experience.is_far:
-                self.source.expect_reads("NORMAL")  # whatever the kernel reads ahead is welcome
-        is_zero = bytearray(end - first)  # 1 for yes
-        for start_cluster, stop in candidates:
-            is_zero[start_cluster - first : stop - first] = self._zero_flags(
-                start_cluster, stop, cluster_size, experience.read_size, scratch
-            )
-        experience.expects_data = is_zero.count(1) <= len(is_zero) * experience.tolerable_zeros
-        return bytes(is_zero.translate(bytes((self.other, self.zeros)).ljust(256, b"\0")))
+    @property
+    def looks_at_heads(self) -> bool:
+        """Whether the first bytes of clusters are worth a read of their own."""
+        return self.expects_data and not self.reads_all
 
-    def _zero_flags(
-        self, first: int, end: int, cluster_size: int, read_size: int, scratch: Scratch
-    ) -> bytearray:
-        """Read all of some clusters: a byte for each, 1 if it is all zeros."""
-        flags = bytearray()
-        step = max(1, read_size // cluster_size)
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            buffer = read_clusters(self.source, start, stop, cluster_size, scratch.data)
-            length = (stop - start) * cluster_size
-            if buffer.startswith(zeros(length)):
-                flags += b"\1" * (stop - start)
-            else:
-                blank = itertools.repeat(zeros(cluster_size))
-                flags += bytes(map(buffer.startswith, blank, range(0, length, cluster_size)))
-        return flags
+    def learn(self, zeros: int, clusters: int) -> None:
+        """Hear how many of some clusters were zeros.
 
-    def _zero_heads(
-        self, first: int, end: int, cluster_size: int, experience: Experience
-    ) -> List[Range]:
-        """Runs of clusters whose first bytes don't prove that they are data."""
-        is_data = bytearray(end - first)
-        times = []  # type: List[float]
-        for extent in self.source.stored(first * cluster_size, end * cluster_size):
-            start = div_up(extent.start, cluster_size)
-            stop = (extent.end - HEAD_SIZE) // cluster_size + 1
-            shift = extent.offset - extent.start
-            if experience.is_slow:  # so ask for all of them at once
-                for cluster in range(start, stop):
-                    extent.file.advise(cluster * cluster_size + shift, HEAD_SIZE, "WILLNEED")
-            offsets = range(start * cluster_size + shift, stop * cluster_size + shift, cluster_size)
-            flags = extent.file.look_at_heads(offsets, times)
-            is_data[start - first : start - first + len(flags)] = flags
-        each = list(map(operator.sub, times[1:], times))
-        # Far is what has not even one quick answer: a wire at its limit has many.
-        is_far = len(each) >= PATIENCE and min(each) > FAR_HEAD
-        experience.learn(sum(each) / len(is_data), is_far and self._is_kept(first * cluster_size))
-        return [(first + run.start(), first + run.end()) for run in _ZERO_RUN.finditer(is_data)]
+        From memory, several readers that read everything are the faster ones where more than a
+        quarter is zeros. From a disk or a network, what is not read is won.
+        """
+        if clusters:
+            self.expects_data = zeros <= clusters * (0.5 if self.is_cold else 0.25)
 
-    def _is_kept(self, position: int) -> bool:
-        """Whether all that is read stays in memory until it is copied: it is read once then."""
-        if self.source.size > available_memory() // 2:
-            return False
-        for extent in self.source.stored(position, position + 1):
-            times = []  # type: List[float]
-            extent.file.look_at_heads([extent.offset] * 3, times)
-            return min(times[2] - times[1], times[3] - times[2]) < SLOW_HEAD
-        return False
+    def next_window(self) -> int:
+        """Bytes of guest addresses that one step may span."""
+        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE)
+        self._window = min(2 * self._window, SHARE_SIZE)
+        return window
+
+
+def file_system(device: int) -> str:
+    """The kind of the file system with this number, such as "ext4"; empty if nobody tells."""
+    number = f"{os.major(device)}:{os.minor(device)}".encode("ascii")
+    with ignore_unavailable(), open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            about_place, _, about_kind = line.partition(b" - ")
+            if about_place.split()[2] == number:
+                return about_kind.split()[0].decode("latin-1")
+    return ""
 
 
 def available_memory() -> int:
@@ -2332,232 +2744,449 @@ def available_memory() -> int:
     return 0
 
 
-class DiffProbe(NamedTuple):
-    """Compares a source with its base.
+class Scratch(NamedTuple):
+    """The buffers of one reader: for the disk, and for its base.
 
-    zeros   the state to give to a cluster that differs from the base and is all zeros
+    New memory would have to be cleared by the kernel first, which costs more than the read, so
+    they are used again and again.
     """
 
-    source: Source
-    base: Source
-    zeros: int
+    data: bytearray
+    base: bytearray
 
-    def is_quick(self, _experience: Experience) -> bool:
-        """Whether the next piece is but a few small reads from memory: it never is."""
-        return False
 
-    def states(
-        self, first: int, end: int, cluster_size: int, _experience: Experience, scratch: Scratch
-    ) -> bytes:
-        """The states of the clusters from first to end, a byte for each."""
-        states = bytearray()
-        blank = zeros(cluster_size)
-        step = max(1, READ_SIZE // cluster_size)
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            data = read_clusters(self.source, start, stop, cluster_size, scratch.data)
-            base = read_clusters(self.base, start, stop, cluster_size, scratch.base)
-            view = memoryview(base)
-            for position in range(0, (stop - start) * cluster_size, cluster_size):
-                if data.startswith(view[position : position + cluster_size], position):
-                    states.append(UNALLOCATED)
+class Ticket:
+    """The result of some work, as soon as a reader has done it."""
+
+    def __init__(self, work: Callable[[Scratch], Any]) -> None:
+        import threading
+
+        self._work = work
+        self._value = None  # type: Any
+        self._error = None  # type: Optional[BaseException]
+        self._done = threading.Event()
+
+    def perform(self, scratch: Scratch) -> None:
+        """Do the work, in whatever thread this is."""
+        try:
+            self._value = self._work(scratch)
+        except BaseException as error:  # goes on in the main thread
+            self._error = error
+        self._done.set()
+
+    def result(self) -> Any:
+        """What the work has resulted in, once it is done. Raises what it raised."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+# What is to be handed out in order, its bytes, what a reader does for it, and whether that is done
+# sooner than another thread could be asked.
+Job = Tuple[Any, int, Optional[Callable[[Scratch], Any]], bool]
+
+
+class Readers:
+    """A few threads that read, inflate and compress: system calls and zlib let each other run.
+
+    Two or three of them overlap the latency of a disk or the network, and use more than one
+    core where all is in memory already. Started when there is work for them; they never keep
+    the program alive.
+    """
+
+    def __init__(self, count: int, policy: ReadPolicy, cluster_size: int) -> None:
+        self.count = count
+        self.policy = policy
+        self._buffer_size = max(READ_SIZE, cluster_size)
+        self._scratch = self._make_scratch()  # the main thread's
+        self._threads = 0
+        self._queue = None  # type: Any
+
+    def in_order(self, jobs: Iterable[Job], items: int, size: int) -> Iterator[Tuple[Any, Any]]:
+        """(item, result) of each job, in order, while the next ones are at work already.
+
+        items, size     how many jobs, and of how many bytes, may wait to be handed out
+        """
+        pending = collections.deque()  # type: collections.deque[Tuple[Any, int, Optional[Ticket]]]
+        waiting = 0
+        for number, (item, length, work, is_quick) in enumerate(jobs):
+            ticket = None
+            if work is not None:
+                ticket = Ticket(work)
+                # A small disk is read before a thread has started.
+                is_first = number < INLINE_ITEMS and not self.policy.is_cold
+                if is_quick or is_first or self.count == 1:
+                    ticket.perform(self._scratch)
                 else:
-                    states.append(self.zeros if data.startswith(blank, position) else DATA)
-        return bytes(states)
+                    self._hand_over(ticket)
+            pending.append((item, length, ticket))
+            waiting += length
+            while waiting > size or len(pending) > items:
+                first = pending.popleft()
+                waiting -= first[1]
+                yield first[0], first[2] and first[2].result()
+        for item, _, ticket in pending:
+            yield item, ticket and ticket.result()
 
+    def _make_scratch(self) -> Scratch:
+        return Scratch(bytearray(self._buffer_size), bytearray(self._buffer_size))
 
-def read_clusters(
-    source: Source, first: int, end: int, cluster_size: int, buffer: bytearray
-) -> bytearray:
-    """The content of some clusters, padded to whole ones, at the start of a buffer.
+    def _hand_over(self, ticket: Ticket) -> None:
+        import queue
+        import threading
 
-    Made longer where that is needed: new memory would have to be cleared by the kernel first,
-    which costs more than the read, so it is used again and again.
-    """
-    length = (end - first) * cluster_size
-    if len(buffer) < length:
-        buffer.extend(bytes(length - len(buffer)))
-    source.read_into(memoryview(buffer)[:length], first * cluster_size)
-    return buffer
+        if self._queue is None:
+            self._queue = queue.Queue()
+        self._queue.put(ticket)
+        if self._threads < self.count:
+            self._threads += 1
+            threading.Thread(target=self._run, daemon=True).start()
 
-
-Probe = Union[ZeroProbe, DiffProbe]
+    def _run(self) -> None:
+        # A signal that is caught is for the main thread, whose wait it interrupts.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGUSR1])
+        scratch = self._make_scratch()
+        while True:
+            self._queue.get().perform(scratch)
 
 
 class Step(NamedTuple):
-    """What is known of some clusters, or who finds out: first, end (exclusive), and which."""
+    """What some clusters are, or who finds out.
+
+    first, end  clusters, end exclusive
+    state       what all of them are, unless there is a probe
+    probe       finds out their states
+    ours        extents of the disk there
+    theirs      extents of its base there
+    """
 
     first: int
     end: int
-    verdict: Union[int, Probe]
+    state: int
+    probe: Optional["Probe"] = None
+    ours: Sequence[Extent] = ()
+    theirs: Sequence[Extent] = ()
 
 
-def full_steps(
-    source: Source, cluster_count: int, cluster_size: int, trusted: bool
-) -> Iterator[Step]:
-    """A full image: every cluster that is not all zeros.
+class Probe:
+    """Finds out what clusters are by reading them.
 
-    trusted     what the source's extents name is data, without looking
+    zeros   the state to give to a cluster that counts and is all zeros
+    other   the state of any other that counts
     """
-    probe = ZeroProbe(source, UNALLOCATED, DATA)
-    stored = cluster_runs(source.extents(), cluster_size)
-    for first, end, (found,) in sweep(cluster_count, stored):
-        if found is None:
-            yield Step(first, end, UNALLOCATED)
-        else:
-            yield Step(first, end, DATA if trusted else probe)
+
+    def __init__(
+        self, cluster_size: int, disk: Source, zeros: int, other: int, policy: ReadPolicy
+    ) -> None:
+        self.cluster_size = cluster_size
+        self.disk = disk
+        self._policy = policy
+        self._states = bytes((zeros, other)).ljust(256, b"\0")
+
+    def states(self, step: Step, scratch: Scratch) -> bytes:
+        """The states of a step's clusters, a byte for each."""
+        flags = self.data_flags(step.first, step.end, step.ours, scratch.data)
+        return bytes(flags.translate(self._states))
+
+    def ask_ahead(self, step: Step) -> None:
+        """Have the kernel fetch what is read next, so that it need not wait for each read."""
+        for start, end, file, offset, stored in itertools.chain(step.ours, step.theirs):
+            if stored:
+                file.file.advise(offset, stored, "WILLNEED")
+            elif self._policy.looks_at_heads and not step.theirs:
+                for at in range(
+                    offset + -start % self.cluster_size, offset + end - start, self.cluster_size
+                ):
+                    file.advise(at, HEAD_SIZE, "WILLNEED")
+            else:
+                file.advise(offset, end - start, "WILLNEED")
+
+    def data_flags(
+        self, first: int, end: int, extents: Sequence[Extent], buffer: bytearray
+    ) -> bytearray:
+        """Of each cluster from first to end: 1 if it holds anything but zeros.
+
+        Where data is dense, the first 4 KiB of a cluster nearly always prove that it is data: the
+        rest of it need not be read twice. A disk full of data is read 1.07 times in all.
+        """
+        size = self.cluster_size
+        flags = bytearray(end - first)
+        looks_at_heads = self._policy.looks_at_heads and size > HEAD_SIZE
+        touched = 0
+        for extent in extents:
+            start, stop, file, offset, stored = extent
+            low, high = start // size - first, div_up(stop, size) - first
+            touched += high - low
+            if stored:
+                # Zeros would have become shorter: a cluster is not inflated for the scan as well.
+                if stored > 2 * SECTOR_SIZE + file.cluster_size // 100:
+                    flags[low:high] = b"\1" * (high - low)
+            elif looks_at_heads and stop - start >= HEAD_SIZE:
+                skip = -start % size  # to the first cluster that begins here
+                offsets = range(offset + skip, offset + stop - start - HEAD_SIZE + 1, size)
+                if offsets:
+                    found = file.look_at_heads(offsets)
+                    at = (start + skip) // size - first
+                    flags[at : at + len(found)] = found
+            if flags.find(0, low, high) >= 0:
+                self._read_rest(extent, flags, first, buffer)
+        self._policy.learn(touched - flags.count(1), touched)
+        return flags
+
+    def _read_rest(self, extent: Extent, flags: bytearray, first: int, buffer: bytearray) -> None:
+        """Read what an extent holds of clusters that are not known to be data yet."""
+        size = self.cluster_size
+        step = max(1, READ_SIZE // size)
+        start, stop = extent[:2]
+        for run in _ZERO_RUN.finditer(flags, start // size - first, div_up(stop, size) - first):
+            for low in range(run.start(), run.end(), step):
+                high = min(low + step, run.end())
+                at, to = max(start, (first + low) * size), min(stop, (first + high) * size)
+                view = memoryview(buffer)[: to - at]
+                self.disk.read_into(view, at, [cut(extent, at, to)])
+                if buffer.startswith(zeros(to - at)):
+                    continue
+                head = min((first + low + 1) * size, to) - at  # the first may be cut
+                flags[low] = flags[low] | (not buffer.startswith(zeros(head)))
+                blank = zeros(size)
+                for cluster, position in enumerate(range(head, to - at, size), low + 1):
+                    rest = min(size, to - at - position)
+                    if not buffer.startswith(blank if rest == size else zeros(rest), position):
+                        flags[cluster] = 1
 
 
-def layout_steps(
-    source: Source, layout: "Layout", zeros: int, cluster_count: int, cluster_size: int
+class DiffProbe(Probe):
+    """Compares a disk with its base.
+
+    zeros   the state of a cluster that differs from the base and is all zeros
+    trusted what only one side stores differs, without looking
+    """
+
+    def __init__(
+        self,
+        cluster_size: int,
+        disk: Source,
+        base: Source,
+        zeros: int,
+        trusted: bool,
+        policy: ReadPolicy,
+    ) -> None:
+        super().__init__(cluster_size, disk, zeros, DATA, policy)
+        self._base = base
+        self._zeros = zeros
+        self._trusted = trusted
+        self._base_probe = Probe(cluster_size, base, UNALLOCATED, zeros, policy)
+
+    def states(self, step: Step, scratch: Scratch) -> bytes:
+        """The states of a step's clusters, a byte for each."""
+        size = self.cluster_size
+        first, end, _, _, ours, theirs = step
+        start, stop = first * size, end * size
+        differs = (
+            (at, to)
+            for at, to, (mine, yours) in sweep(stop, *map(shifted, (ours, theirs)), start=start)
+            if (mine and mine[2:]) != (yours and yours[2:])
+        )
+        rows = [cluster_runs(row, size) for row in (differs, ours, theirs)]
+        states = bytearray()
+        mine, yours = Cutter(ours), Cutter(theirs)
+        for low, high, (changed, is_ours, is_theirs) in sweep(end, *rows, start=first):
+            here = (mine.take(low * size, high * size), yours.take(low * size, high * size))
+            if changed is None:
+                states += bytes((UNALLOCATED,)) * (high - low)
+            elif is_ours and is_theirs:
+                states += self._compare(low, high, here, scratch)
+            elif self._trusted:
+                states += bytes((DATA if is_ours else self._zeros,)) * (high - low)
+            elif is_ours:
+                flags = self.data_flags(low, high, here[0], scratch.data)
+                states += flags.translate(bytes((UNALLOCATED, DATA)).ljust(256, b"\0"))
+            else:
+                states += self._base_probe.states(Step(low, high, 0, None, here[1]), scratch)
+        if self._is_damaged(start, stop):  # what can't be read differs from anything
+            for index in range(end - first):
+                at = start + index * size
+                if not states[index] and self._is_damaged(at, at + size):
+                    states[index] = self._zeros
+        return bytes(states)
+
+    def _is_damaged(self, start: int, end: int) -> bool:
+        return self.disk.is_damaged(start, end) or self._base.is_damaged(start, end)
+
+    def _compare(
+        self, first: int, end: int, extents: Tuple[List[Extent], List[Extent]], scratch: Scratch
+    ) -> bytearray:
+        size = self.cluster_size
+        states = bytearray()
+        blank = zeros(size)
+        step = max(1, READ_SIZE // size)
+        cutters = [Cutter(row) for row in extents]
+        for low in range(first, end, step):
+            start, stop = low * size, min(low + step, end) * size
+            for source, cutter, buffer in zip((self.disk, self._base), cutters, scratch):
+                view = memoryview(buffer)[: stop - start]
+                source.read_into(view, start, cutter.take(start, stop))
+            data, theirs = scratch.data, memoryview(scratch.base)
+            for position in range(0, stop - start, size):
+                is_equal = data.startswith(theirs[position : position + size], position)
+                if is_equal and not self._is_damaged(start + position, start + position + size):
+                    states.append(UNALLOCATED)
+                else:
+                    states.append(self._zeros if data.startswith(blank, position) else DATA)
+        return states
+
+
+def shifted(extents: Iterable[Extent]) -> Iterator[Tuple[Any, ...]]:
+    """Extents by what makes them equal: the very same bytes of the same file at one address."""
+    for start, end, file, offset, stored in extents:
+        yield start, end, file.identity, offset if stored else offset - start, stored
+
+
+def probed_steps(
+    disk: Source,
+    named: Iterable[Range],
+    zeros: int,
+    cluster_count: int,
+    probe: Probe,
+    policy: ReadPolicy,
 ) -> Iterator[Step]:
-    """The clusters that a layout names; their content decides what they become."""
-    probe = ZeroProbe(source, zeros, DATA)
-    named = cluster_runs(layout.all(), cluster_size)
-    stored = cluster_runs(source.extents(), cluster_size)
-    for first, end, (changed, found) in sweep(cluster_count, named, stored):
-        if changed is None:
-            yield Step(first, end, UNALLOCATED)
-        else:
-            yield Step(first, end, zeros if found is None else probe)
+    """The clusters that are named; their content decides what they become.
+
+    named   runs of clusters, sorted and disjoint
+    zeros   the state of a cluster that is all zeros
+    """
+    size = probe.cluster_size
+    extents = Cutter(disk.extents())
+    position = 0
+    for first, end in named:
+        if position < first:
+            yield Step(position, first, UNALLOCATED)
+        position = first
+        while position < end:
+            stored = min(extents.starts_at(position * size) // size, end)
+            if position < stored:
+                yield Step(position, stored, zeros)
+                position = stored
+            else:
+                stop = min(position + max(1, policy.next_window() // size), end)
+                ours = extents.take(position * size, stop * size)
+                yield Step(position, stop, 0, probe, ours)
+                position = stop
+    if position < cluster_count:
+        yield Step(position, cluster_count, UNALLOCATED)
 
 
-def trusted_layout_steps(
-    layout: "Layout", zeros: int, size: int, cluster_size: int
-) -> Iterator[Step]:
-    """The clusters that a layout names, as it says: zeros only where it knows all of one."""
-    named = cluster_runs(layout.all(), cluster_size)
-    data = cluster_runs(layout.data, cluster_size)
-    known = (  # rounded inwards, but for the disk's end: what lies behind it counts as zeros
-        (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
-        for start, end in joined(layout.zeros)
-    )
-    whole = ((start, end) for start, end in known if start < end)
-    cluster_count = div_up(size, cluster_size)
-    for first, end, (changed, some_data, all_zeros) in sweep(cluster_count, named, data, whole):
-        if changed is None:
-            yield Step(first, end, UNALLOCATED)
-        else:
-            yield Step(first, end, zeros if all_zeros and not some_data else DATA)
+def up_to(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
+    """The extents before a guest offset."""
+    for extent in extents:
+        if extent[0] >= size:
+            return
+        yield extent if extent[1] <= size else cut(extent, extent[0], size)
 
 
 def diff_steps(
-    source: Source,
-    base: Source,
-    zeros: int,
-    trusted: bool,
-    geometry: "Geometry",
+    disk: Source, theirs: Iterable[Extent], cluster_count: int, probe: Probe, policy: ReadPolicy
 ) -> Iterator[Step]:
-    """The clusters that differ from those of a base.
+    """The clusters that differ from those of a base, whose extents are theirs."""
+    size = probe.cluster_size
+    mine, yours = Cutter(disk.extents()), Cutter(theirs)
+    position = 0
+    while position < cluster_count:
+        stored = min(row.starts_at(position * size) for row in (mine, yours)) // size
+        stored = min(stored, cluster_count)
+        if position < stored:
+            yield Step(position, stored, UNALLOCATED)
+            position = stored
+        else:
+            stop = min(position + max(1, policy.next_window() // size), cluster_count)
+            reach = (position * size, stop * size)
+            yield Step(position, stop, 0, probe, mine.take(*reach), yours.take(*reach))
+            position = stop
 
-    trusted     a cluster that only one side stores differs, without looking
+
+def believed_steps(
+    named: Iterable[Sequence[Any]],
+    data: Iterable[Range],
+    zeros: Iterable[Range],
+    state: int,
+    size: int,
+    cluster_size: int,
+) -> Iterator[Step]:
+    """The clusters that are named, as others say, without a look.
+
+    named   byte ranges that count, sorted
+    data    byte ranges that may hold data; in doubt a cluster that counts is DATA
+    zeros   byte ranges that are known to be zeros
+    state   of a cluster that is known to be zeros as a whole, and holds no data
+    size    of the disk, in bytes
     """
-    size, count = geometry.cluster_size, geometry.cluster_count
-    new = DATA if trusted else ZeroProbe(source, UNALLOCATED, DATA)
-    gone = zeros if trusted else ZeroProbe(base, UNALLOCATED, zeros)
-    both = DiffProbe(source, base, zeros)
-    verdicts = {
-        (False, False): UNALLOCATED,
-        (True, False): new,
-        (False, True): gone,
-        (True, True): both,
-    }  # type: Dict[Tuple[bool, bool], Union[int, Probe]]
-    rows = (
-        cluster_runs(places_that_differ(source, base, geometry.virtual_size), size),
-        cluster_runs(source.extents(), size),
-        cluster_runs(base.extents(), size),
+    known = (  # rounded inwards, but for the disk's end: what lies behind it counts as zeros
+        (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
+        for start, end in joined(zeros)
     )
-    for first, end, (differs, ours, theirs) in sweep(count, *rows):
-        known_equal = differs is None
-        verdict = UNALLOCATED if known_equal else verdicts[ours is not None, theirs is not None]
-        yield Step(first, end, verdict)
+    whole = ((start, end) for start, end in known if start < end)
+    rows = (cluster_runs(named, cluster_size), cluster_runs(data, cluster_size), whole)
+    for first, end, (counts, some_data, all_zeros) in sweep(div_up(size, cluster_size), *rows):
+        if counts is None:
+            yield Step(first, end, UNALLOCATED)
+        else:
+            yield Step(first, end, state if all_zeros and not some_data else DATA)
 
 
-def places_that_differ(source: Source, base: Source, size: int) -> Iterator[Range]:
-    """Where two disks don't share the very same bytes of the very same file."""
-    for start, end, (ours, theirs) in sweep(size, source.extents(), base.extents()):
-        if (ours and ours.place) != (theirs and theirs.place):
-            yield start, end
-
-
-def fill_map(
-    cluster_map: ClusterMap, steps: Iterable[Step], cluster_size: int, readers: Readers
-) -> None:
+def fill_map(cluster_map: ClusterMap, steps: Iterable[Step], readers: Readers) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
-    pending = collections.deque()  # type: Deque[Callable[[], Any]]
+    policy = readers.policy
 
-    def settle() -> None:
-        for count, states in pending.popleft()():
+    def jobs() -> Iterator[Job]:
+        for batch in batches(steps):
+            probes = [step for step in batch if step.probe is not None]
+            for step in probes:
+                policy.look_at(step.ours or step.theirs)
+                if policy.is_cold and step.probe is not None:
+                    step.probe.ask_ahead(step)
+            is_quick = policy.is_quick and not any(step.theirs for step in probes)
+            yield None, 0, functools.partial(examine, batch), is_quick
+
+    for _, results in readers.in_order(jobs(), AHEAD_ITEMS * readers.count, MAX_SIZE):
+        for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
             else:
                 cluster_map.extend(states)
-
-    for batch in batches(pieces(steps, cluster_size), PIECE_SIZE // cluster_size):
-        probes = [step.verdict for step in batch if not isinstance(step.verdict, int)]
-        is_quick = all(probe.is_quick(readers.experience) for probe in probes)
-        work = functools.partial(examine, batch, cluster_size, readers.experience)
-        pending.append(readers.submit(work, is_quick))
-        if len(pending) > PIECES_AHEAD * readers.count:
-            settle()
-    while pending:
-        settle()
     cluster_map.finish()
 
 
-def examine(
-    batch: List[Step], cluster_size: int, experience: Experience, scratch: Scratch
-) -> List[Tuple[int, Union[int, bytes]]]:
+def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Union[int, bytes]]]:
     """Take some steps: (count of clusters, their one state or a byte for each)."""
     return [
-        (
-            end - first,
-            verdict
-            if isinstance(verdict, int)
-            else verdict.states(first, end, cluster_size, experience, scratch),
-        )
-        for first, end, verdict in batch
+        (step.end - step.first, step.probe.states(step, scratch) if step.probe else step.state)
+        for step in batch
     ]
 
 
-def batches(steps: Iterable[Step], length: int) -> Iterator[List[Step]]:
+def batches(steps: Iterable[Step]) -> Iterator[List[Step]]:
     """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
     batch = []  # type: List[Step]
-    left = length
+    left = SHARE_SIZE
+    number = 0
     for step in steps:
         batch.append(step)
-        if not isinstance(step.verdict, int):
-            left -= step.end - step.first
-        # The first pieces are small because nothing is known yet: they are batches themselves.
-        if left <= 0 or len(batch) >= BATCH_STEPS or step.end * 2 <= length:
+        if step.probe is not None:
+            number += 1
+            left -= (step.end - step.first) * step.probe.cluster_size
+        # The first ones are small because nothing is known yet: they are batches themselves.
+        if left <= 0 or len(batch) >= BATCH_STEPS or number <= INLINE_ITEMS:
             yield batch
-            batch, left = [], length
+            batch, left = [], SHARE_SIZE
     if batch:
         yield batch
 
 
-def pieces(steps: Iterable[Step], cluster_size: int) -> Iterator[Step]:
-    """The same steps, those that must be read cut to the share of one reader."""
-    size = FIRST_PIECE_SIZE
-    for step in steps:
-        if isinstance(step.verdict, int):
-            yield step
-            continue
-        start = step.first
-        while start < step.end:
-            end = min(start + max(1, size // cluster_size), step.end)
-            yield Step(start, end, step.verdict)
-            start = end
-            size = min(size * 2, PIECE_SIZE)
+# What other programs say of a disk's extents, in JSON. Nothing in it is trusted to be well-formed,
+# and nothing is ever opened or run because of it.
 
-
-# Layouts: what other programs say of a disk's extents, in JSON. Nothing in them is trusted to
-# be well-formed, and nothing is ever opened or run because of them.
-
-MAX_JSON_BYTES = 256 << 20  # some four million extents; what is larger is no layout
 MAX_ENTRY = 64 << 10  # characters of an extent: what may be long in it is a file's name
-MAX_INFO = 4 << 20  # characters of what qemu-img info says of one image, with many snapshots
-MAX_DIGITS = 24  # of an integer: int() of a million digits would take minutes
 
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -2592,7 +3221,7 @@ class RangeList:
 
 
 class Layout(NamedTuple):
-    """What a layout says, in bytes of the guest's disk.
+    """What is known of a disk, in bytes of the guest's addresses.
 
     data    ranges that may hold data
     zeros   ranges that are known to be zeros now
@@ -2607,65 +3236,81 @@ class Layout(NamedTuple):
 
         return heapq.merge(self.data, self.zeros)
 
-
-def json_decoder() -> Any:
-    """A decoder that takes numbers of any length in no time; too long ones are infinite."""
-    import json
-
-    return json.JSONDecoder(
-        parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else float("inf")
-    )
+    def gaps(self, size: int) -> Iterator[Range]:
+        """The ranges of a disk of `size` bytes of which nothing is known."""
+        for start, end, (known,) in sweep(size, joined(self.all())):
+            if known is None:
+                yield start, end
 
 
-def json_entries(text: str, what: str) -> Iterator[Any]:
-    """The elements of a JSON list, one at a time, so that a long list takes no space.
+class JsonList:
+    """The elements of a list in JSON, decoded one at a time as a file is read."""
 
-    Raises Error where it isn't one.
-    """
-    decoder = json_decoder()
+    def __init__(self, read: Callable[[], bytes], what: str) -> None:
+        """read: gives more bytes, none at the end; what: the list's name in messages."""
+        self._read = read
+        self._what = what
+        self._text = ""
+        self._position = 0
+        self._is_over = False
 
-    def skip(position: int) -> int:
-        return _JSON_SPACE.match(text, position).end()  # type: ignore[union-attr]  # always matches
+    def _more(self) -> bool:
+        data = self._read()
+        # Only names and descriptions can hold more than ASCII, and nobody asks for those.
+        self._text = self._text[self._position :] + data.decode("latin-1")
+        self._position = 0
+        self._is_over = not data
+        return bool(data)
 
-    position = skip(0)
-    if text[position : position + 1] != "[":
-        if not text[position:]:
-            raise Error(f"{what} is not a JSON list: it is empty; has its producer failed?")
-        raise Error(
-            f"{what} is not a JSON list of extents, as `rbd diff --format json`, `qemu-img map "
-            "--output=json` or `nbdinfo --map --json` write it"
-        )
-    position = skip(position + 1)
-    closed = text[position : position + 1] == "]"
-    index = 0
-    while not closed:
-        try:
-            entry, length = decode_entry(decoder, text, position)
-        except (ValueError, RecursionError) as error:
-            why = "nested too deep" if isinstance(error, RecursionError) else "not JSON"
-            if len(text) - position > MAX_ENTRY:
-                why += f", or has more than {MAX_ENTRY} characters"
-            raise Error(f"{what}: entry {index} is {why}") from error
-        position += length
-        yield entry
-        position = skip(position)
-        mark = text[position : position + 1]
-        if mark not in (",", "]"):
-            raise Error(f"{what}: there is no comma and no end behind entry {index}")
-        closed = mark == "]"
-        position = skip(position + 1)
-        index += 1
-    if closed and text[skip(position if index else position + 1) :]:
-        raise Error(f"{what}: there is something behind the end of the list")
+    def _mark(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            self._position = _JSON_SPACE.match(self._text, self._position).end()  # type: ignore[union-attr]  # always matches
+            if self._position < len(self._text) or not self._more():
+                return self._text[self._position : self._position + 1]
 
+    def __iter__(self) -> Iterator[Any]:
+        """Raises Error where it isn't a list."""
+        if self._mark() != "[":
+            raise Error(
+                f"{self._what} is not a JSON list of extents, as `rbd diff --format json`, "
+                "`qemu-img map --output=json` or `nbdinfo --map --json` write it"
+                if self._text
+                else f"{self._what} is not a JSON list: it is empty; has its producer failed?"
+            )
+        self._position += 1
+        import json
 
-def decode_entry(decoder: Any, text: str, position: int) -> Tuple[Any, int]:
-    """An element of a list, and its length as text. Never more of it is decoded than MAX_ENTRY."""
-    try:
-        entry, length = decoder.raw_decode(text[position : position + MAX_ENTRY // 64])
-    except ValueError:  # it may have been cut: such a long one is rare
-        entry, length = decoder.raw_decode(text[position : position + MAX_ENTRY])
-    return entry, length
+        decode = json.JSONDecoder().raw_decode
+        index = 0
+        is_closed = self._mark() == "]"
+        while not is_closed:
+            yield self._entry(decode, index)
+            mark = self._mark()
+            if mark not in (",", "]"):
+                raise Error(f"{self._what}: there is no comma and no end behind entry {index}")
+            is_closed = mark == "]"
+            if not is_closed:
+                self._position += 1
+                self._mark()
+            index += 1
+        self._position += 1
+        if self._mark():
+            raise Error(f"{self._what}: there is something behind the end of the list")
+
+    def _entry(self, decode: Any, index: int) -> Any:
+        while True:
+            try:
+                entry, self._position = decode(self._text, self._position)
+                return entry
+            except (ValueError, RecursionError) as error:
+                is_long = len(self._text) - self._position > MAX_ENTRY
+                if isinstance(error, ValueError) and not is_long and self._more():
+                    continue
+                why = "nested too deep" if isinstance(error, RecursionError) else "not JSON"
+                if is_long:
+                    why += f", or has more than {MAX_ENTRY} characters"
+                raise Error(f"{self._what}: entry {index} is {why}") from error
 
 
 # Of a dialect: the key of an extent's start, and who tells from an entry and from whether the
@@ -2750,11 +3395,11 @@ def _is_whole(value: Any) -> bool:
 
 
 def read_layout(
-    text: str, what: str, size: int, overlay: bool, only: Optional[Dialect] = None
+    entries: Iterable[Any], what: str, size: int, overlay: bool, only: Optional[Dialect] = None
 ) -> Layout:
     """Understand a layout in any of the dialects.
 
-    text     the JSON
+    entries  the elements of its list
     what     its name in messages
     size     of the disk, in bytes
     overlay  whether the image has a backing file, so that deeper layers have not changed
@@ -2762,17 +3407,17 @@ def read_layout(
 
     Raises Error that names the first entry that makes no sense.
     """
-    layout = Layout(RangeList(), RangeList())
-    absent = RangeList()
-    held = {"data": layout.data, "zeros": layout.zeros, "absent": absent}
+    data, known_zeros, absent = RangeList(), RangeList(), RangeList()
+    held = {"data": data, "zeros": known_zeros, "absent": absent}
     has_layers = False
     dialect = only
-    for index, entry in enumerate(json_entries(text, what)):
+    for index, entry in enumerate(entries):
         label = f"{what}: entry {index}"
         if not isinstance(entry, dict):
             raise Error(f"{label} is not an object with a start and a length")
-        dialect = dialect or _dialect(entry)
-        if _dialect(entry).name != dialect.name:
+        if dialect is None:
+            dialect = _dialect(entry)
+        elif _dialect(entry).name != dialect.name:
             raise Error(f"{label} is in the way of {_dialect(entry).name}, not of {dialect.name}")
         start, length = (_whole_number(entry, key, label) for key in (dialect.start, "length"))
         if start > size or (start == size and length):
@@ -2794,8 +3439,8 @@ def read_layout(
     # still has.
     if not has_layers:
         for start, end in absent:
-            layout.zeros.add(start, end)
-    return layout
+            known_zeros.add(start, end)
+    return Layout(data, known_zeros)
 
 
 def _whole_number(entry: Dict[str, Any], key: str, label: str) -> int:
@@ -2816,25 +3461,20 @@ class DiskInfo(NamedTuple):
 
 def read_info(text: str, what: str) -> DiskInfo:
     """Understand `qemu-img info --output=json`. Raises Error where it isn't that."""
-    text = text.strip()
-    if len(text) > MAX_INFO:
-        raise Error(
-            f"{what} is longer than {MAX_INFO >> 20} MiB; that is not what qemu-img info writes"
-        )
+    import json
+
     try:
-        info, end = json_decoder().raw_decode(text)
+        info = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Error(f"{what} is not JSON") from error
-    if not isinstance(info, dict) or text[end:]:
+    if not isinstance(info, dict):
         raise Error(f"{what} is not what qemu-img info writes")
     virtual_size = _whole_number(info, "virtual-size", what)
-    if virtual_size >= 1 << 63:
+    if virtual_size > MAX_SIZE:
         raise Error(f"{what}: its 'virtual-size' of {virtual_size} bytes is more than any disk has")
     cluster_size = info.get("cluster-size")
-    return DiskInfo(
-        virtual_size,
-        cluster_size if _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES else None,
-    )
+    is_known = _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES
+    return DiskInfo(virtual_size, cluster_size if is_known else None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2881,63 +3521,32 @@ class Geometry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where each part of the image is, and how large.
+    """Where each part of the image is: offsets in bytes from the start of the file.
 
-    geometry                 of the disk
-    refcount_table_clusters  clusters of the refcount table
-    refcount_blocks          refcount blocks, a cluster each
-    l1_clusters              clusters of the L1 table
-    l2_tables                L2 tables, a cluster each
-    data_clusters            host clusters of data
+    geometry                of the disk
+    refcount_table_clusters clusters of the refcount table, which follows the header's
+    refcount_blocks         refcount blocks, a cluster each
+    l1_clusters             clusters of the L1 table
     """
 
     geometry: Geometry
     refcount_table_clusters: int
     refcount_blocks: int
     l1_clusters: int
-    l2_tables: int
-    data_clusters: int
-
-    @property
-    def _cluster_size(self) -> int:
-        return self.geometry.cluster_size
-
-    @property
-    def refcount_table_offset(self) -> int:
-        """Bytes from the start of the file; behind the header's cluster."""
-        return self._cluster_size
-
-    @property
-    def refcount_block_offset(self) -> int:
-        """Bytes from the start of the file."""
-        return self.refcount_table_offset + self.refcount_table_clusters * self._cluster_size
-
-    @property
-    def l1_table_offset(self) -> int:
-        """Bytes from the start of the file."""
-        return self.refcount_block_offset + self.refcount_blocks * self._cluster_size
-
-    @property
-    def l2_table_offset(self) -> int:
-        """Bytes from the start of the file."""
-        return self.l1_table_offset + self.l1_clusters * self._cluster_size
-
-    @property
-    def data_offset(self) -> int:
-        """Bytes from the start of the file."""
-        return self.l2_table_offset + self.l2_tables * self._cluster_size
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the whole image."""
-        return self.data_offset + self.data_clusters * self._cluster_size
+    refcount_table_offset: int
+    refcount_block_offset: int
+    l1_table_offset: int
+    l2_table_offset: int
+    data_offset: int
+    file_size: int
 
     def refuse_if_too_large(self) -> None:
         """Raise Error for an image that QEMU could not open."""
-        if self.refcount_table_clusters * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+        size = self.geometry.cluster_size
+        if self.refcount_table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
             raise Error(
                 f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which QEMU "
-                f"can't open, with clusters of {self._cluster_size} bytes and refcounts of "
+                f"can't open, with clusters of {size} bytes and refcounts of "
                 f"{self.geometry.refcount_bits} bits; choose a larger --cluster-size or fewer "
                 "--refcount-bits"
             )
@@ -2953,17 +3562,18 @@ def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
 
     The refcount area counts itself: it grows until it covers the file that it is part of.
     """
-    block_entries = geometry.cluster_size * 8 // geometry.refcount_bits
+    size = geometry.cluster_size
+    block_entries = size * 8 // geometry.refcount_bits
     l1_clusters = div_up(geometry.l1_entries, geometry.table_entries)
     others = 1 + l1_clusters + l2_tables + data_clusters
     blocks = tables = 0
-    while True:
+    needed = div_up(others, block_entries)
+    while needed != blocks:
+        blocks, tables = needed, div_up(needed, geometry.table_entries)
         needed = div_up(others + tables + blocks, block_entries)
-        if needed == blocks:
-            break
-        blocks = needed
-        tables = div_up(blocks, geometry.table_entries)
-    return Plan(geometry, tables, blocks, l1_clusters, l2_tables, data_clusters)
+    counts = (1, tables, blocks, l1_clusters, l2_tables, data_clusters)
+    offsets = (size * end for end in itertools.accumulate(counts))
+    return Plan(geometry, tables, blocks, l1_clusters, *offsets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2972,102 +3582,23 @@ def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
 # ---------------------------------------------------------------------------------------------
 
 WRITE_SIZE = 256 << 10  # bytes of metadata or small clusters that are gathered into one write
-PATIENCE_AT_END = 1.0  # seconds that a reader may pause with the end of the image in its pipe
-POLL_AT_END = 2  # milliseconds between two looks at what it has left
-PIPE_SIZE = 1 << 20  # what the system grants without privilege; twice the rate of 64 KiB
-COPY_SIZE = 4 << 20  # bytes that are sent, and read ahead, at once
+END_TIMEOUT = 1.0  # seconds that a reader may pause with the end of the image in its pipe
+END_INTERVAL = 2  # milliseconds between two looks at what it has left
+PIPE_SIZE = 1 << 20  # bytes for root
+USER_PIPE_SIZE = 256 << 10  # for others: 64 backups at once must not use up their user's pages
+TAIL_SIZE = 1 << 20  # bytes at the end of an image that are read before the last check
 SOCKET_SIZE = 16 << 20  # bytes, more than two sockets on one host hold between two programs
-READ_AHEAD = 16 << 20  # bytes between the copy and what the kernel is asked to fetch
+COPY_SIZE = 4 << 20  # bytes that are sent at once
+FETCH_SIZE = 1 << 20  # bytes that a reader fetches or inflates at once: 16 clusters
+READ_AHEAD = 16 << 20  # bytes between the copy and what is fetched
+READ_AHEAD_ITEMS = 256  # pieces, if they are small
 SENDFILE_MIN = 16 << 10  # bytes: below that, a call costs more than the copy that it saves
 GATHER_GAP = 4 << 10  # bytes between two small runs that are read along: a page comes anyway
-LOCK_PLACE = 1 << 60  # bytes: where in its file an output's lock is
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # Linux's; the fcntl module names them since 3.10
 
 
-def is_local_socket(fd: int) -> bool:
-    """Whether a socket's other end is on this host for sure; False where that can't be asked."""
-    import socket
-
-    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
-        domain = getattr(socket, "SO_DOMAIN", None)  # Linux
-        return domain is not None and (
-            opened.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
-        )
-
-
-def file_system(device: int) -> str:
-    """The kind of the file system with this number, such as "ext4"; empty if nobody tells."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError, LookupError, ValueError), open(
-        "/proc/self/mountinfo", "rb"
-    ) as mounts:
-        for line in mounts.read().decode("latin-1").splitlines():
-            about_place, about_kind = line.split(" - ", 1)
-            if about_place.split()[2] == number:
-                return about_kind.split()[0]
-    return ""
-
-
-def files_below(name: str, folder: str) -> Iterator[str]:
-    """A backing file and those below it, if they are qcow2 images: as far as they are here.
-
-    name    as it stands in a header; a relative one is looked for in the folder
-    """
-    names, seen = [(name, folder)], []  # type: List[Tuple[str, str]], List[str]
-    while names:
-        for path in paths_in_name(*names.pop()):
-            with suppress_untold(), contextlib.suppress(ValueError, OverflowError, struct.error):
-                kind = stat.S_IFMT(os.stat(path).st_mode)
-                if path in seen or kind not in (stat.S_IFREG, stat.S_IFBLK):
-                    continue
-                seen.append(path)
-                yield path
-                names.append((backing_name(path), os.path.dirname(path)))
-
-
-def paths_in_name(name: str, folder: str) -> List[str]:
-    """The files that a backing file's name may lead to, with or without one of QEMU's prefixes."""
-    names = file_names_in_json(name) or [re.sub("^(file|host_device):", "", name)]
-    with contextlib.suppress(OSError, ValueError):
-        return [os.path.realpath(os.path.join(folder, each)) for each in names if each]
-    return []
-
-
-def file_names_in_json(name: str) -> List[str]:
-    """The file names in an image's name that is QEMU's JSON (json:{…}); none in any other."""
-    if not name.startswith("json:"):
-        return []
-    import json
-
-    # QEMU takes single quotes as well.
-    pattern = r"""filename["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')"""
-    texts = []
-    for double, single in re.findall(pattern, name):
-        texts.append(double or re.sub(r'(?<!\\)"', r"\"", single.replace("\\'", "'")))
-    with contextlib.suppress(ValueError):
-        return [json.loads(f'"{text}"') for text in texts]
-    return []
-
-
-def backing_name(path: str) -> str:
-    """The backing file's name in the header of a qcow2 image; empty for anything else."""
-    with open(path, "rb") as file:
-        magic, _, offset, length = struct.unpack(">4sIQI", file.read(20))
-        if magic != MAGIC or not offset or length > MAX_BACKING_NAME_BYTES:
-            return ""
-        file.seek(offset)
-        return os.fsdecode(file.read(length))
-
-
-START_TICK = 0.02  # seconds: in hundredths Linux tells when a process was started; and a bit more
-
-
-def process_age() -> Optional[float]:
-    """Seconds since this process was started, or a hundredth more; None where nobody tells."""
-    with suppress_untold(), open("/proc/self/stat") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return None
+class ConsumerGone(Exception):
+    """Whoever reads standard output has closed it."""
 
 
 class Output:
@@ -3076,281 +3607,71 @@ class Output:
     written     bytes that have left so far
 
     What sendfile() puts into a pipe or a socket are the pages of the source's file: until the
-    reader has taken them, they change with it. So the end of the image is copied: once that has
-    been accepted, none of the source's pages is on its way, and the source is free to change.
+    reader has taken them, they change with it. So the end of the image is kept in memory: once
+    settle() is through, none of the source's pages is on its way, and the source is free.
     """
 
     def __init__(self, fd: int, is_text: bool = False) -> None:
         """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
-        self._is_text = is_text
-        self._lends_to = MAX_SIZE  # offset in the image up to which pages may be sent
-        self._lent_to = 0  # … and were
-        self._pending = []  # type: List[bytes]
+        self.head = b""  # the first bytes
+        self._zero_copy_end = 0  # offset in the image up to which the source's pages may be sent
+        self._has_sent_pages = False
+        self._channel_size = 0  # bytes that a pipe or a local socket holds
+        self._tail_start = MAX_SIZE  # offset in the image from which on it is kept in memory
+        self._pending = []  # type: List[Union[bytes, bytearray]]
         self._pending_size = 0
-        self._can_sendfile = hasattr(os, "sendfile")
-        self._head = b""  # of a file: its first bytes
-        self._start = None  # type: Optional[int]  # … and where they are, if that can be asked
-        self._has_no_holes = False  # nor will it, whatever is written
         try:
-            self._status = os.fstat(fd)
+            mode = os.fstat(fd).st_mode
         except OSError as error:
             raise Error("standard output is closed; redirect it to a file or a pipe") from error
         if os.isatty(fd) and not is_text:
             raise Error("standard output is a terminal; redirect it to a file or a pipe")
-        self._is_socket = stat.S_ISSOCK(self._status.st_mode)
-        self._is_pipe = stat.S_ISFIFO(self._status.st_mode)
-        self._is_block_device = stat.S_ISBLK(self._status.st_mode)
+        refuse_direct(fd, mode, "standard output")
+        self._is_socket, self._is_pipe = stat.S_ISSOCK(mode), stat.S_ISFIFO(mode)
+        self._is_device = stat.S_ISBLK(mode)
         # A file or a disk is always said to be ready, even one that asks to try again.
-        self._may_wait = not (self._is_block_device or stat.S_ISREG(self._status.st_mode))
-        is_stream = True
+        self._may_wait = not (self._is_device or stat.S_ISREG(mode))
+        self.can_sendfile = hasattr(os, "sendfile")
         if self._is_socket:
-            try:
-                is_stream = is_stream_socket(fd)
-                is_local = is_local_socket(fd)
-            except OSError as error:
-                raise Error(f"cannot look at standard output: {reason(error)}") from error
-            # A receiver on this host may have pages in its queue, of which only a local socket
-            # tells how many: the end of the image that must be copied has no bound.
-            self._can_sendfile = self._can_sendfile and is_local
+            self._look_at_socket()
         elif self._is_pipe:
-            import fcntl
+            self._look_at_pipe(is_text)
 
-            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-            is_stream = not flags & getattr(os, "O_DIRECT", 0)
-            if flags & ACCESS_MODE == os.O_RDWR:
-                raise Error(
-                    "standard output is a FIFO that is opened for reading as well, so that nobody "
-                    "would notice if its reader went away; redirect by > instead of <>"
-                )
-            if not is_text:
-                self._grow_pipe()
-        if not is_stream:  # a reader with a short buffer loses the end of each packet
-            raise Error("standard output is a pipe or a socket of packets; give it a stream")
+    def _look_at_socket(self) -> None:
+        import socket
 
-    def claim_device(self) -> None:
-        """Have a block device for this run alone, where the system can do that.
+        try:
+            kind, is_local = socket_kind(self.fd)
+        except OSError as error:
+            raise Error(f"cannot look at standard output: {reason(error)}") from error
+        if kind != socket.SOCK_STREAM:  # a reader with a short buffer loses the end of each packet
+            raise Error("standard output is a socket of packets; give it a stream")
+        # A TCP receiver on this host may have pages in its queue, and nothing tells how many.
+        self.can_sendfile = self.can_sendfile and is_local
+        self._channel_size = SOCKET_SIZE if is_local else 0
 
-        It is opened as a mount does, and stays open, and so claimed, to the end. Raises Error if
-        another run has it, or if it is mounted or part of a volume.
-        """
-        if not self._is_block_device:
-            return
-        self._start = os.lseek(self.fd, 0, os.SEEK_CUR)
-        if not sys.platform.startswith("linux"):
-            return
-        with suppress_untold():  # no /proc, or no right to read
-            try:
-                os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                raise Error(
-                    "standard output is a device in use: it is mounted, part of a volume, or "
-                    "held by another program or run; write the image elsewhere"
-                ) from error
-
-    def claim_file(self) -> None:
-        """Lock a regular file, so that no second run of this program writes into it.
-
-        Raises Error if one has locked it, or has written to it since this program was started.
-        """
-        if not stat.S_ISREG(self._status.st_mode):
-            return
+    def _look_at_pipe(self, is_text: bool) -> None:
         import fcntl
 
-        try:  # a place where no other program's locks are; it is free again when this process ends
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_PLACE)
-        except BlockingIOError as error:
-            if self._is_locked_by_a_run():
-                raise Error(
-                    "another run of this program is writing to the same file; give each a name of "
-                    "its own"
-                ) from error
-        except OSError:  # not on this file system
-            pass
-        is_appended = fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
-        if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
-            self._can_sendfile = False
-        kind = file_system(self._status.st_dev)
-        # Others may take zeros for holes.
-        self._has_no_holes = os.major(self._status.st_dev) > 0 or kind in ("btrfs", "tmpfs")
-        if not kind.startswith("fuse"):  # a program may tell nothing until all is there
-            with contextlib.suppress(OSError):
-                self._start = os.lseek(self.fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
-        if self._start is not None and self._was_filled(self._start):
-            raise Error(
-                "standard output is a file to which somebody else has written an image since this "
-                "program was started; give it a name of its own"
-            )
-
-    def _was_filled(self, start: int) -> bool:
-        """Whether another run has written its image there since this process was started."""
-        status, age = os.fstat(self.fd), process_age()
-        if status.st_size <= start or age is None:
-            return False
-        if not 0 <= time.time() - status.st_mtime < age - START_TICK:
-            return False
-        with suppress_untold():  # no right to read
-            # Not to be closed: the lock would be gone with it.
-            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            return os.pread(fd, len(MAGIC), start) == MAGIC
-        return False
-
-    def _is_locked_by_a_run(self) -> bool:
-        """Whether it is not just the caller who has locked the file, and so all of it."""
-        import fcntl
-
-        if not sys.platform.startswith("linux") or sys.maxsize < 1 << 32:
-            return True
-        flock = "hhqqi"  # type, whence, start, length, process
-        wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, LOCK_PLACE, 1, 0)
-        told = struct.unpack(flock, fcntl.fcntl(self.fd, fcntl.F_GETLK, wanted))
-        return told[2:4] == (LOCK_PLACE, 1)
-
-    def _refuse_if_disturbed(self) -> None:
-        """Raise Error if somebody else has written to the file, or has emptied it.
-
-        Such as `> FILE` in another shell.
-        """
-        if self._start is None:
-            return
-        end = os.lseek(self.fd, 0, os.SEEK_CUR)
-        is_whole = end == self._start + self.written
-        if not self._is_block_device:
-            is_whole = (
-                is_whole and os.fstat(self.fd).st_size >= end and self._first_hole(end) >= end
-            )
-            with suppress_untold(), open(f"/proc/self/fd/{self.fd}", "rb") as file:
-                file.seek(self._start)
-                is_whole = is_whole and file.read(len(self._head)) == self._head
-        if not is_whole:
-            raise Error(
-                "standard output is a file or a device to which somebody else has written at the "
-                "same time, and the image is not whole; give it a name of its own"
-            )
-
-    def _first_hole(self, end: int) -> int:
-        """Where the first hole of a regular file is, behind the image's start; else its end.
-
-        What is written is stored, zeros too: a hole has been made by somebody else.
-        """
-        if self._has_no_holes and sys.platform.startswith("linux"):
-            with suppress_untold():
-                try:
-                    return os.lseek(self.fd, self._start or 0, LINUX_SEEK_HOLE)
-                finally:
-                    os.lseek(self.fd, end, os.SEEK_SET)
-        return end
-
-    def refuse_if_among(self, files: Iterable[DiskFile]) -> None:
-        """Raise Error if the output would overwrite one of the disks that are read."""
-        for file in files:
-            if self._overlaps(file.identity, file.fd):
-                fate = "would be overwritten" if file.size else "is empty now: has > emptied it?"
-                raise Error(
-                    f"standard output is {quoted(file.name)} itself, or lies on it, which {fate}; "
-                    "write the image elsewhere"
-                )
-
-    def refuse_if_named(self, backing_file: str) -> None:
-        """Raise Error if the output is the file that the image names, from here or beside it."""
-        for folder in ("", self._folder()):
-            for member in files_below(backing_file, folder):
-                if self._overlaps(file_identity(os.stat(member))):
-                    raise Error(
-                        f"standard output is {quoted(member)} itself, or lies on it, the "
-                        "image's own backing file; write the image elsewhere"
-                    )
-
-    def refuse_if_no_backing_file(self, name: str, fmt: str, sizes: Collection[int]) -> None:
-        """Raise Error if what the image names is there, beside it, but not what it is said to be.
-
-        Such as what a failed run has left, or a qcow2 image that would be shown as it is. Where
-        the output's folder isn't known, only an absolute name leads anywhere.
-
-        sizes   of the disk that it should hold, in bytes: a guest may have written on that what
-                an image begins with
-        """
-        path = os.path.join(self._folder(), name)
-        with suppress_untold(), contextlib.suppress(ValueError):
-            status = os.stat(path) if os.path.isabs(path) else None
-            if status and stat.S_ISDIR(status.st_mode):
-                raise Error(f"the backing file {quoted(path)} is a folder; give an image's name")
-            if not (status and stat.S_ISREG(status.st_mode) and fmt in ("raw", "qcow2")):
-                return
-            with open(path, "rb") as file:
-                is_image = file.read(len(MAGIC)) == MAGIC
-            if fmt == "raw":
-                if is_image and align_up(status.st_size, SECTOR_SIZE) not in sizes:
-                    raise Error(
-                        f"the backing file {quoted(path)} is no raw disk, as --backing-format "
-                        "says: it begins as a qcow2 image does, and has another size than the "
-                        "disk; is it -F qcow2?"
-                    )
-                return
-            if not is_image:
-                raise Error(
-                    f"the backing file {quoted(path)} is no qcow2 image, as --backing-format says; "
-                    "is that wrong, or has the run that wrote it failed?"
-                )
-            with contextlib.closing(DiskFile(path)) as image:
-                refuse_if_end_is_missing(image)
-
-    def _folder(self) -> str:
-        """Where the image will lie, if it goes into a file or a device and Linux tells."""
-        with suppress_untold():  # no /proc
-            return os.path.dirname(os.readlink(f"/proc/self/fd/{self.fd}"))
-        return ""
-
-    def _overlaps(self, theirs: Tuple[int, ...], fd: Optional[int] = None) -> bool:
-        """Whether what is written would change a file or a device, or grow into it.
-
-        theirs  its identity
-        fd      a descriptor of it, if there is one
-        """
-        mode = self._status.st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            return False
-        ours = file_identity(self._status)
-        # Two loop devices on one file are taken for one: they may show the same of it.
-        if {ours, shown_by_loop(ours, self.fd)} & set(layers_below(theirs, fd)):
-            return True
-        if self._is_block_device and not tells_of_devices():
-            raise Error(
-                "standard output is a block device, and without /sys nobody knows whether what is "
-                "read lies on it; mount /sys"
-            )
-        is_above = {theirs, shown_by_loop(theirs, fd)} & set(layers_below(ours, self.fd))
-        return bool(is_above) and not self._is_text  # a few bytes beside it do no harm
-
-    def _grow_pipe(self) -> None:
-        if not sys.platform.startswith("linux"):
-            return
-        import fcntl
-
-        with contextlib.suppress(OSError):  # a limit of the user's; the pipe stays as it is
-            if fcntl.fcntl(self.fd, F_GETPIPE_SZ) < PIPE_SIZE:
-                fcntl.fcntl(self.fd, F_SETPIPE_SZ, PIPE_SIZE)
+        self._channel_size = 64 << 10
+        if sys.platform.startswith("linux") and not is_text:
+            wanted = USER_PIPE_SIZE if os.geteuid() else PIPE_SIZE
+            with contextlib.suppress(OSError):  # a limit of the user's; the pipe stays as it is
+                self._channel_size = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
+                if self._channel_size < wanted:
+                    self._channel_size = fcntl.fcntl(self.fd, F_SETPIPE_SZ, wanted)
 
     def begin(self, size: int) -> None:
-        """Tell how long the image will be: of its end, copies are sent."""
-        if not (self._is_pipe or self._is_socket):
-            return
-        # All that finish() needs: where it is missing, that is to be said before the first byte.
-        import fcntl
-        import select  # noqa: F401  # likewise
-        import termios  # noqa: F401  # likewise
+        """Take note of how long the image will be: its end is kept in memory."""
+        self._zero_copy_end = size
+        if self._is_pipe or self._is_socket:
+            self._tail_start = size - max(TAIL_SIZE, self._channel_size)
+            self._zero_copy_end = self._tail_start
 
-        holds = SOCKET_SIZE
-        if self._is_pipe and sys.platform.startswith("linux"):
-            with contextlib.suppress(OSError):
-                holds = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
-        self._lends_to = size - holds
-
-    def write(self, data: bytes) -> None:
-        """Write bytes, perhaps a little later: see flush()."""
+    def write(self, data: Union[bytes, bytearray]) -> None:
+        """Write bytes, perhaps a little later."""
         self._pending.append(data)
         self._pending_size += len(data)
         if self._pending_size >= WRITE_SIZE:
@@ -3360,77 +3681,63 @@ class Output:
         """Write `count` zeros."""
         while count:
             step = min(count, WRITE_SIZE)
-            self.write(bytes(step))
+            self.write(zeros(step))
             count -= step
 
     def flush(self) -> None:
-        """Write what is pending."""
-        if not self._pending:
+        """Write what is pending, but for the image's end."""
+        length = self._pending_size if self.written < self._tail_start else 0
+        if not length:
             return
         pending, self._pending, self._pending_size = self._pending, [], 0
-        self._head = self._head or bytes(pending[0][:SECTOR_SIZE])
         self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
 
+    def send(self, file: Any, offset: int, length: int) -> None:
+        """Write `length` bytes of a file, from offset on."""
+        self.flush()
+        within = min(length, self._zero_copy_end - self.written - self._pending_size)
+        if self.can_sendfile and within > 0 and file.fd is not None:
+            sent = self._sendfile(file.fd, offset, within)
+            offset += sent
+            length -= sent
+        while length:
+            data = bytearray(min(length, WRITE_SIZE))
+            file.read_into(memoryview(data), offset)
+            self.write(data)
+            self.flush()
+            offset += len(data)
+            length -= len(data)
+
+    def settle(self) -> None:
+        """Wait until none of the source's pages is on its way to the reader."""
+        if self._has_sent_pages:
+            self._write_tail(self._channel_size)
+
     def finish(self) -> None:
-        """Write what is pending, and see the reader off.
+        """Write the end, and see the reader off.
 
         A reader that goes away while its bytes are still in the pipe or the socket has not got
-        the image. It is waited for as long as it reads, and PATIENCE_AT_END more; and until it
-        has taken all pages of the source. What a file system says only when a file is closed is
-        heard as well, and what a block device says only when it is written back.
+        the image. It is waited for as long as it reads, and END_TIMEOUT more. What a file system
+        says only when a file is closed is heard as well, and what a block device says only when
+        it is written back.
         """
-        self.flush()
+        self._write_tail(MAX_SIZE)
         try:
-            if self._is_block_device:
+            if self._is_device:
                 os.fsync(self.fd)
             os.close(os.dup(self.fd))
         except OSError as error:
             raise self._write_error(error) from error
-        self._refuse_if_disturbed()
-        if not (self._is_pipe or self._is_socket):
-            return
-        import fcntl
-        import select
-        import termios
+        if self._is_pipe or self._is_socket:
+            see_reader_off(self.fd, self._is_socket)
 
-        request = termios.TIOCOUTQ if self._is_socket else termios.FIONREAD
-        poll = select.poll()
-        poll.register(self.fd, 0)
-        left, since = -1, time.monotonic()
-        copied = self.written - self._lent_to if self._lent_to else MAX_SIZE
-        while left > copied or time.monotonic() < since + PATIENCE_AT_END:
-            # First whether the reader has gone, then what it has left: not the other way round.
-            events = [event for _, event in poll.poll(0 if left < 0 else POLL_AT_END)]
-            is_refused = self._is_socket and not self._takes_more()
-            try:
-                answer = fcntl.ioctl(self.fd, request, bytes(4))
-            except OSError:  # not on this system
-                return
-            before, left = left, struct.unpack("i", answer)[0]
-            if self._is_socket and not left:  # perhaps because it was thrown away: that is an error
-                events = [event & select.POLLERR for _, event in poll.poll(0)]
-            elif not left:
-                return
-            if any(event & (select.POLLERR | select.POLLHUP) for event in events):
-                raise ConsumerGone()
-            if not left:
-                return
-            if is_refused:
-                raise ConsumerGone()
-            if left < before:
-                since = time.monotonic()
-
-    def _takes_more(self) -> bool:
-        """Whether the other end of a socket still reads; to be asked without writing a byte."""
-        try:
-            os.write(self.fd, b"")
-        except BlockingIOError:
-            pass
-        except OSError:
-            return False
-        return True
+    def _write_tail(self, length: int) -> None:
+        data = memoryview(b"".join(self._pending))
+        self._pending, self._pending_size = [bytes(data[length:])], len(data[length:])
+        self._write_now(data[:length])
 
     def _write_now(self, view: memoryview) -> None:
+        self.head = self.head or bytes(view[:SECTOR_SIZE])
         while len(view):
             try:
                 count = os.write(self.fd, view)
@@ -3444,35 +3751,19 @@ class Output:
             self.written += count
             view = view[count:]
 
-    def send(self, file: DiskFile, offset: int, length: int) -> None:
-        """Write `length` bytes of a file, from offset on."""
-        self.flush()
-        lent = min(length, self._lends_to - self.written)
-        if self._can_sendfile and file.can_sendfile and lent > 0:
-            sent = self._sendfile(file, offset, lent)
-            offset += sent
-            length -= sent
-        buffer = bytearray(min(length, WRITE_SIZE))
-        while length:
-            view = memoryview(buffer)[: min(length, len(buffer))]
-            file.read_into(view, offset)
-            self._write_now(view)
-            offset += len(view)
-            length -= len(view)
-
-    def _sendfile(self, file: DiskFile, offset: int, length: int) -> int:
+    def _sendfile(self, fd: int, offset: int, length: int) -> int:
         """Like send(), in the kernel. Less than length came through where the kernel won't."""
         sent = 0
         while sent < length:
             try:
                 # The system call takes less than 2 GiB at once.
-                count = os.sendfile(self.fd, file.fd, offset + sent, min(length - sent, 1 << 30))
+                count = os.sendfile(self.fd, fd, offset + sent, min(length - sent, 1 << 30))
             except OSError as error:
                 # A full pipe is waited for. Else it is an output opened for appending, an unusual
                 # source, a read or a write error, or a pipe that has room again: the copy loop
                 # goes on from here and finds out which it was.
                 if not isinstance(error, BlockingIOError):
-                    self._can_sendfile = False
+                    self.can_sendfile = False
                 elif self._may_wait and not wait_for(self.fd, "POLLOUT", 0):
                     wait_for(self.fd, "POLLOUT")
                     continue
@@ -3480,7 +3771,7 @@ class Output:
             if not count:  # the file's end, or a short read before: the same
                 break
             self.written += count
-            self._lent_to = self.written
+            self._has_sent_pages = self._tail_start < MAX_SIZE
             sent += count
         return sent
 
@@ -3490,8 +3781,264 @@ class Output:
         return Error(f"cannot write to standard output after {self.written} bytes: {reason(error)}")
 
 
-class ConsumerGone(Exception):
-    """Whoever reads standard output has closed it."""
+def see_reader_off(fd: int, is_socket: bool) -> None:
+    """Wait until the reader has taken what is in a pipe or socket. Raises ConsumerGone.
+
+    As long as it reads, and END_TIMEOUT more.
+    """
+    import fcntl
+    import select
+    import termios
+
+    request = termios.TIOCOUTQ if is_socket else termios.FIONREAD
+    poll = select.poll()
+    poll.register(fd, 0)
+    left, since = -1, time.monotonic()
+    while time.monotonic() < since + END_TIMEOUT:
+        # First whether the reader has gone, then what it has left: not the other way round.
+        events = [event for _, event in poll.poll(0 if left < 0 else END_INTERVAL)]
+        is_refused = is_socket and not takes_more(fd)
+        try:
+            answer = fcntl.ioctl(fd, request, bytes(4))
+        except OSError:  # not on this system
+            return
+        before, left = left, struct.unpack("i", answer)[0]
+        if not left and not is_socket:
+            return
+        if not left:  # perhaps because it was thrown away: that is an error
+            events = [event & select.POLLERR for _, event in poll.poll(0)]
+        if any(event & (select.POLLERR | select.POLLHUP) for event in events):
+            raise ConsumerGone()
+        if not left:
+            return
+        if is_refused:
+            raise ConsumerGone()
+        if left < before:
+            since = time.monotonic()
+
+
+def takes_more(fd: int) -> bool:
+    """Whether the other end of a socket still reads; to be asked without writing a byte."""
+    try:
+        os.write(fd, b"")
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    return True
+
+
+# What guards the output: it must not lie on what is read, and no other run may write into it.
+
+LOOP_MAJOR, LOOP_GET_STATUS64, LOOP_INFO_SIZE = 7, 0x4C05, 232  # Linux's, from major.h and loop.h
+LOCK_OFFSET = 1 << 60  # bytes: where in its file an output's lock is
+
+# A stretch of a file or a device: its identity, start and end in bytes, end exclusive.
+Stretch = Tuple[Tuple[int, ...], int, int]
+
+
+class OutputGuard:
+    """Looks after a regular file or a block device that the image goes to."""
+
+    def __init__(self, output: Output) -> None:
+        """Lock it, so that no second run of this program writes into it.
+
+        Raises Error if one has, and for a device that is mounted or part of a volume.
+        """
+        self._output = output
+        self._fd = output.fd
+        status = os.fstat(self._fd)
+        self._identity = file_identity(status)
+        self._is_device = stat.S_ISBLK(status.st_mode)
+        self._is_on_disk = self._is_device or stat.S_ISREG(status.st_mode)
+        self._start = None  # type: Optional[int]  # offset of the image, if it can be asked
+        if not self._is_on_disk:
+            return
+        import fcntl
+
+        if self._is_device and is_in_use(status.st_rdev):
+            raise Error(
+                "standard output is a device in use: it is mounted, or part of a volume; write "
+                "the image elsewhere"
+            )
+        try:  # a place where no other program's locks are; it is free again when this process ends
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_OFFSET)
+        except BlockingIOError as error:
+            raise Error(
+                "another run of this program is writing to the same file; give each a name of its "
+                "own"
+            ) from error
+        except OSError:  # not on this file system
+            pass
+        if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
+            output.can_sendfile = False
+        is_appended = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
+        if self._is_device or not file_system(status.st_dev).startswith("fuse"):
+            # A file system that is a program may show nothing until all is there.
+            with contextlib.suppress(OSError):
+                self._start = os.lseek(self._fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
+
+    def refuse_if_source(self, watch: Watch) -> None:
+        """Raise Error if the output would overwrite a disk that is read, or grow into it."""
+        if not self._is_on_disk:
+            return
+        ours = same_bytes(self._identity, self._fd)
+        for label, fd in watch.identities():
+            theirs = same_bytes(file_identity(os.fstat(fd)), fd)
+            if any_overlap(ours, all_below(theirs)):
+                size = os.lseek(fd, 0, os.SEEK_END)
+                fate = "would be overwritten" if size else "is empty now: has > emptied it?"
+                raise Error(
+                    f"standard output is {label} itself, or lies on it, which {fate}; write the "
+                    "image elsewhere"
+                )
+            if any_overlap(all_below(ours), theirs):
+                raise Error(
+                    f"standard output lies in a file system on {label}: the image would grow into "
+                    "what is read; write it elsewhere"
+                )
+
+    def refuse_if_named(self, name: str) -> None:
+        """Raise Error if the output is the backing file that the image names."""
+        with ignore_unavailable(), contextlib.suppress(ValueError):
+            if self._is_on_disk and file_identity(os.stat(self.beside(name))) == self._identity:
+                raise Error(
+                    f"standard output is {quoted(name)} itself, the image's own backing file; "
+                    "write the image elsewhere"
+                )
+
+    def beside(self, name: str) -> str:
+        """Where a relative name in the image leads, if Linux tells where the image will lie."""
+        folder = ""
+        with ignore_unavailable():
+            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
+        return os.path.join(folder, name)
+
+    def refuse_if_disturbed(self) -> None:
+        """Raise Error if somebody else has written to the file, or emptied it (`> FILE`)."""
+        if self._start is None:
+            return
+        end = os.lseek(self._fd, 0, os.SEEK_CUR)
+        is_whole = end == self._start + self._output.written
+        if is_whole and not self._is_device:
+            is_whole = os.fstat(self._fd).st_size >= end
+        with ignore_unavailable(), open(f"/proc/self/fd/{self._fd}", "rb") as file:
+            file.seek(self._start)
+            is_whole = is_whole and file.read(len(self._output.head)) == self._output.head
+        if not is_whole:
+            raise Error(
+                "standard output is a file or a device to which somebody else has written at the "
+                "same time, and the image is not whole; give it a name of its own"
+            )
+
+
+def is_in_use(device: int) -> bool:
+    """Whether a block device or a partition of it is mounted, or part of a volume, on Linux."""
+    folder = sys_folder(device)
+    numbers = [f"{os.major(device)}:{os.minor(device)}"]
+    with ignore_unavailable():
+        for name in os.listdir(folder):
+            if os.path.exists(f"{folder}/{name}/partition"):
+                numbers.append(read_text(f"{folder}/{name}/dev").strip())
+        if os.listdir(f"{folder}/holders"):
+            return True
+    return is_mounted(numbers)
+
+
+def same_bytes(identity: Tuple[int, ...], fd: Optional[int] = None) -> List[Stretch]:
+    """A file or device, and what holds its very bytes, on Linux.
+
+    A loop device shows a file, a partition is a part of its disk, a mapped device of its slaves.
+
+    fd      a descriptor of it, if there is one
+    """
+    found = [(identity, 0, MAX_SIZE)]  # type: List[Stretch]
+    if len(identity) > 1:
+        return found
+    folder = os.path.realpath(sys_folder(identity[0]))
+    if os.major(identity[0]) == LOOP_MAJOR:
+        with ignore_unavailable():
+            shown, start, end = shown_by_loop(os.path.basename(folder), fd)
+            found += [part(each, start, end) for each in same_bytes(shown)]
+    with ignore_unavailable():
+        start, length = (int(read_text(f"{folder}/{name}")) << 9 for name in ("start", "size"))
+        disk = device_number(os.path.dirname(folder))
+        found += [part(each, start, start + length) for each in same_bytes((disk,))]
+    with ignore_unavailable():
+        for name in os.listdir(f"{folder}/slaves"):
+            found += same_bytes((device_number(f"{folder}/slaves/{name}"),))
+    return found
+
+
+def part(stretch: Stretch, start: int, end: int) -> Stretch:
+    """What lies from start to end, in bytes from a stretch's own start."""
+    identity, first, last = stretch
+    return identity, first + start, min(first + end, last)
+
+
+def read_text(path: str) -> str:
+    """What a small file says, such as one of /sys."""
+    with open(path) as file:
+        return file.read()
+
+
+def device_number(folder: str) -> int:
+    """The number of the block device that /sys describes in a folder."""
+    major, minor = map(int, read_text(f"{folder}/dev").split(":"))
+    return os.makedev(major, minor)
+
+
+def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
+    """What a loop device shows. The device itself is asked: its file may have another name now.
+
+    fd      a descriptor of it: without one, its name in /dev is needed
+    """
+    import fcntl
+
+    device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC) if fd is None else os.dup(fd)
+    try:
+        answer = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
+    finally:
+        os.close(device)
+    place, inode, number, start, limit = struct.unpack_from("5Q", answer)
+    # number: of a device that is shown; of a file it is 0, or its file system's
+    identity = (place, inode) if number in (0, place) else (number,)
+    return identity, start, start + limit if limit else MAX_SIZE
+
+
+def all_below(stretches: Iterable[Stretch]) -> List[Stretch]:
+    """Stretches, and the devices of the file systems that hold them, down to the last.
+
+    Not every file system names one: not so btrfs, overlayfs and remote ones.
+    """
+    found = list(stretches)
+    for (*place, _), _, _ in found:
+        if place and os.major(place[0]):
+            found += same_bytes((place[0],))
+    return found
+
+
+def any_overlap(ours: Iterable[Stretch], theirs: List[Stretch]) -> bool:
+    """Whether any two stretches have a byte in common."""
+    return any(
+        mine[0] == yours[0] and mine[1] < yours[2] and yours[1] < mine[2]
+        for mine in ours
+        for yours in theirs
+    )
+
+
+def socket_kind(fd: int) -> Tuple[int, bool]:
+    """(type of a socket, such as SOCK_STREAM; whether its other end is on this host for sure)."""
+    import socket
+
+    # What kind it is said to be here does not matter to the system.
+    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
+        kind = opened.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        domain = getattr(socket, "SO_DOMAIN", None)  # Linux
+        is_local = domain is not None and (
+            opened.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
+        )
+        return kind, is_local
 
 
 class Header(NamedTuple):
@@ -3502,7 +4049,7 @@ class Header(NamedTuple):
     data_file_raw   the data file is kept identical to the disk's content
     backing_file    its name, as it stands in the header, or None
     backing_format  of the backing file, such as b"raw"
-    has_features    their names are told, which nobody needs to open an image
+    has_features    their names are there, which nobody needs to open an image
     """
 
     version: int = 3
@@ -3677,7 +4224,7 @@ def write_image(
     cluster_map: ClusterMap,
     readers: Readers,
 ) -> None:
-    """Write the whole image, in file order."""
+    """Write the whole image, in file order; its end may wait in memory, see Output."""
     in_place = header.data_file_name is not None
     output.begin(plan.file_size)
     output.write(header.cluster(plan))
@@ -3708,58 +4255,18 @@ def data_pieces(cluster_map: ClusterMap, cluster_size: int) -> Iterator[Tuple[in
             yield start * cluster_size, stop * cluster_size, some
 
 
-class ReadAhead:
-    """Has the kernel fetch what is copied next, so that the copy never waits for a slow disk.
+class Piece(NamedTuple):
+    """Guest bytes to be written.
 
-    What is in memory already is not asked for.
+    start, end  in bytes, end exclusive
+    states      empty if all of it is data; else the state of each cluster
+    extents     those in it
     """
 
-    def __init__(
-        self, source: Source, pieces: Iterator[Tuple[int, int, bytes]], readers: Readers
-    ) -> None:
-        self._source = source
-        self._pieces = pieces
-        self._readers = readers
-        self._asked = 0  # guest offset up to which everything was asked for
-        self._is_proven = self._is_in_vain = False
-        if readers.count == 1:
-            self._asked = MAX_SIZE
-
-    def advance(self, position: int) -> None:
-        """Tell that the copy has come to a guest offset."""
-        if position + READ_AHEAD // 2 < self._asked:
-            return
-        batch = []  # type: List[Range]
-        while self._asked < position + READ_AHEAD:
-            start, self._asked, _ = next(self._pieces, (0, MAX_SIZE, b""))
-            if self._asked < MAX_SIZE:
-                batch.append((start, self._asked))
-        samples = batch[:: max(1, len(batch) // 8)] + batch[-1:]
-        if not all(self._is_cached(*each) for each in samples):
-            for start, end in batch:
-                for extent in self._source.stored(start, end):
-                    extent.file.advise(extent.offset, extent.end - extent.start, "WILLNEED")
-                    if self._readers.experience.is_far:
-                        self._readers.submit(functools.partial(self._fetch, extent))
-
-    def _is_cached(self, start: int, end: int) -> bool:
-        extents = self._source.stored(start, end)
-        return all(each.file.is_cached(each.offset + each.end - each.start - 1) for each in extents)
-
-    def _fetch(self, extent: Extent, scratch: Scratch) -> None:
-        # Some far file systems fetch one page after the other, unless several readers ask. If
-        # a second look takes as long as the first, nothing is kept and it is all in vain.
-        for start in range(extent.start, extent.end, FAR_READ_SIZE):
-            if self._is_in_vain:
-                return
-            end = min(start + FAR_READ_SIZE, extent.end)
-            times = [time.monotonic()]
-            for _ in range(1 if self._is_proven else 2):
-                read_clusters(self._source, start, end, 1, scratch.data)
-                times.append(time.monotonic())
-            if not self._is_proven:
-                self._is_in_vain = times[2] - times[1] > (times[1] - times[0]) / 2 > SLOW_HEAD
-                self._is_proven = True
+    start: int
+    end: int
+    states: bytes
+    extents: List[Extent]
 
 
 def copy_data(
@@ -3772,37 +4279,46 @@ def copy_data(
     """Write the data clusters, in guest order.
 
     Long runs go straight from descriptor to descriptor. Short ones that lie close together
-    are read in one call, with what is between them, and written in one.
+    are read in one call, with what is between them, and written in one. What must be inflated
+    or comes from a server is fetched ahead by the readers.
     """
-    # The kernel's own guess would also fetch what lies between two runs.
-    source.expect_reads("NORMAL" if readers.count == 1 or readers.experience.is_far else "RANDOM")
-    read_ahead = ReadAhead(source, data_pieces(cluster_map, cluster_size), readers)
-    for start, stop, states in data_pieces(cluster_map, cluster_size):
-        read_ahead.advance(start)
+    jobs = copy_jobs(source, data_pieces(cluster_map, cluster_size))
+    for piece, fetched in readers.in_order(jobs, READ_AHEAD_ITEMS, READ_AHEAD):
+        start, end, states, extents = piece
+        if fetched is None and not states and end - start >= SENDFILE_MIN:
+            copy_range(output, start, end, extents)
+            continue
+        data = fetch(source, piece) if fetched is None else fetched
         if states:
-            copy_fragments(output, source, start, stop, states, readers.scratch.data)
-        elif stop - start < SENDFILE_MIN:
-            data = read_clusters(source, start, stop, 1, readers.scratch.data)
-            output.write(bytes(memoryview(data)[: stop - start]))
+            clusters = cluster_slices((end - start) // len(states))
+            chosen = itertools.compress(clusters, states.translate(_IS_DATA))
+            data = b"".join(map(data.__getitem__, chosen))
+        output.write(data)
+
+
+def copy_jobs(source: Source, pieces: Iterable[Tuple[int, int, bytes]]) -> Iterator[Job]:
+    """The pieces with their extents, and what a reader is to do for each."""
+    cutter = Cutter(source.extents())
+    for start, end, states in pieces:
+        extents = cutter.take(start, end)
+        if source.is_salvaged or any(stored or file.is_remote for _, _, file, _, stored in extents):
+            parts = Cutter(extents)
+            step = end - start if states else FETCH_SIZE
+            for at in range(start, end, step):
+                to = min(at + step, end)
+                piece = Piece(at, to, states, parts.take(at, to))
+                yield piece, to - at, functools.partial(fetch, source, piece), False
         else:
-            copy_range(output, source, start, stop)
+            for first, stop, file, offset, _ in extents:
+                file.advise(offset, stop - first, "WILLNEED")
+            yield Piece(start, end, states, extents), end - start, None, False
 
 
-def copy_fragments(
-    output: Output, source: Source, start: int, stop: int, states: bytes, buffer: bytearray
-) -> None:
-    """Write the data clusters from guest byte start to stop, of which states tells."""
-    clusters = cluster_slices((stop - start) // len(states))
-    chosen = itertools.compress(clusters, states.translate(_IS_DATA))
-    try:
-        data = read_clusters(source, start, stop, 1, buffer)
-    except Error:  # perhaps it is between them that the disk can't be read
-        if isinstance(source.files[0], StreamFile):
-            raise
-        for each in chosen:
-            copy_range(output, source, start + each.start, start + each.stop)
-    else:
-        output.write(b"".join(map(data.__getitem__, chosen)))
+def fetch(source: Source, piece: Piece, _scratch: Optional[Scratch] = None) -> bytearray:
+    """The guest bytes of a piece."""
+    data = bytearray(piece.end - piece.start)
+    source.read_into(memoryview(data), piece.start, piece.extents)
+    return data
 
 
 @functools.lru_cache(maxsize=1)
@@ -3811,14 +4327,14 @@ def cluster_slices(cluster_size: int) -> List[slice]:
     return [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
 
 
-def copy_range(output: Output, source: Source, start: int, end: int) -> None:
+def copy_range(output: Output, start: int, end: int, extents: Iterable[Extent]) -> None:
     """Write the guest bytes from start to end; what is stored nowhere is zeros."""
     position = start
-    for extent_start, extent_end, file, offset in source.stored(start, end):
-        if position < extent_start:
-            output.write_zeros(extent_start - position)
-        output.send(file, offset, extent_end - extent_start)
-        position = extent_end
+    for first, stop, file, offset, _ in extents:
+        if position < first:
+            output.write_zeros(first - position)
+        output.send(file, offset, stop - first)
+        position = stop
     if position < end:
         output.write_zeros(end - position)
 
@@ -3852,6 +4368,7 @@ exit status:
   1   something went wrong, and one line on stderr says what; bytes that have
       already been written are no image
   2   wrong usage
+  3   the image is whole, but parts of INPUT could not be read (--salvage)
   A consumer that goes away ends the program by SIGPIPE; a signal that asks it
   to end (SIGINT, SIGTERM, SIGHUP...) ends it by that same signal.
 """
@@ -3936,127 +4453,69 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    group = parser.add_argument_group("what to read")
-    group.add_argument(
-        "input", metavar="INPUT", help="file or block device, or - for standard input; only read"
-    )
-    group.add_argument(
-        "--size",
-        type=size_argument,
+    # fmt: off
+    add = parser.add_argument_group("what to read").add_argument
+    add("input", metavar="INPUT",
+        help="file, block device, NBD URI (nbd://HOST/EXPORT), or - for standard input")
+    add("--size", type=size_argument,
         help="with INPUT -: bytes of the disk. Read once: all clusters are stored, or the "
-        "layout's only",
-    )
-    group.add_argument(
-        "-f",
-        "--format",
-        metavar="FMT",
-        default="raw",
-        help="format of INPUT, e.g. qcow2, vmdk, vhdx (default: raw); QEMU reads others",
-    )
-    group.add_argument(
-        "--image-opts",
-        action="store_true",
-        help="INPUT is a QEMU option string: driver=rbd,pool=p,image=i",
-    )
+        "layout's only")
+    add("-f", "--format", metavar="FMT", default="raw",
+        help="format of INPUT: raw (default), qcow2, or what QEMU reads, e.g. vmdk, vhdx")
+    add("-l", "--snapshot", metavar="NAME",
+        help="an internal snapshot of a qcow2 INPUT, by name or ID")
+    add("--image-opts", action="store_true",
+        help="INPUT is a QEMU option string: driver=rbd,pool=p,image=i")
+    add("--object", metavar="DEF", action="append", default=[],
+        help="an object for QEMU's programs, e.g. secret,id=s,file=key; may be repeated")
+    add("--live", action="store_true",
+        help="a disk that changes meanwhile is a warning, not an error")
+    add("--salvage", action="store_true",
+        help="what can't be read becomes zeros, is named, and ends in exit status 3")
 
-    group = parser.add_argument_group("what to export (default: the whole disk)")
-    group.add_argument("--diff", metavar="BASE", help="only what differs from BASE")
-    group.add_argument(
-        "--diff-format", metavar="FMT", help="format of BASE (default: that of INPUT)"
-    )
-    group.add_argument(
-        "--layout",
-        metavar="FILE",
+    add = parser.add_argument_group("what to export (default: the whole disk)").add_argument
+    add("--diff", metavar="BASE", help="only what differs from BASE")
+    add("--diff-format", metavar="FMT", help="format of BASE (default: that of INPUT)")
+    add("--diff-snapshot", metavar="NAME",
+        help="an internal snapshot of a qcow2 BASE, which may be INPUT's own file")
+    add("--bitmap", metavar="NAME",
+        help="only what a dirty bitmap says has changed: of a qcow2 INPUT, or an NBD server's")
+    add("--layout", metavar="FILE",
         help="only the extents in FILE (- is stdin): JSON of rbd diff, qemu-img map, nbdinfo "
-        "--map, or a list of offset and length",
-    )
-    group.add_argument(
-        "--trust-layout",
-        action="store_true",
-        help="don't look for zeros in the layout's extents: read once",
-    )
+        "--map, ovirt-imageio, or a list of offset and length")
+    add("--no-scan", "--trust-layout", action="store_true",
+        help="don't look for zeros: what is stored, or in the layout, is read once")
     for option, what in (
-        ("map", "qemu-img map of INPUT"),
-        ("info", "qemu-img info of INPUT"),
-        ("diff-map", "qemu-img map of BASE"),
-        ("diff-info", "qemu-img info of BASE"),
+        ("map", "qemu-img map of INPUT"), ("info", "qemu-img info of INPUT"),
+        ("diff-map", "qemu-img map of BASE"), ("diff-info", "qemu-img info of BASE"),
     ):
-        group.add_argument(
-            f"--json-header-{option}", metavar="FD", help=f"{what} in JSON, on a descriptor (XAPI)"
-        )
+        add(f"--json-header-{option}", metavar="FD", help=f"{what} in JSON, on a descriptor (XAPI)")
 
-    group = parser.add_argument_group("what to write")
-    group.add_argument(
-        "-b",
-        "--backing-file",
-        metavar="NAME",
-        help="an overlay on NAME; with --diff or --layout",
-    )
-    group.add_argument(
-        "-F", "--backing-format", metavar="FMT", help="format of the backing file, e.g. qcow2"
-    )
-    group.add_argument(
-        "-c",
-        "--cluster-size",
-        metavar="SIZE",
-        type=cluster_size_argument,
-        help="a power of two from 512 to 2M (default: 64K)",
-    )
-    group.add_argument(
-        "-r",
-        "--refcount-bits",
-        metavar="BITS",
-        type=refcount_bits_argument,
-        default=16,
-        help="1, 2, 4, 8, 16 (default), 32 or 64",
-    )
-    group.add_argument(
-        "--compat",
-        choices=("1.1", "0.10"),
-        default="1.1",
-        help="qcow2 version 3 (1.1, default) or 2 (0.10)",
-    )
-    group.add_argument(
-        "-d",
-        "--data-file",
-        action="store_true",
-        help="only metadata: INPUT is the image's external data file",
-    )
-    group.add_argument(
-        "-R",
-        "--data-file-raw",
-        action="store_true",
-        help="the same, everything allocated; INPUT is not read",
-    )
+    add = parser.add_argument_group("what to write").add_argument
+    add("-b", "--backing-file", metavar="NAME",
+        help="an overlay on NAME; with --diff, --bitmap or --layout")
+    add("-F", "--backing-format", metavar="FMT", help="format of the backing file, e.g. qcow2")
+    add("-c", "--cluster-size", metavar="SIZE", type=cluster_size_argument,
+        help="a power of two from 512 to 2M (default: 64K)")
+    add("-r", "--refcount-bits", metavar="BITS", type=refcount_bits_argument, default=16,
+        help="1, 2, 4, 8, 16 (default), 32 or 64")
+    add("--compat", choices=("1.1", "0.10"), default="1.1",
+        help="qcow2 version 3 (1.1, default) or 2 (0.10)")
+    add("-d", "--data-file", action="store_true",
+        help="only metadata: INPUT is the image's external data file")
+    add("-R", "--data-file-raw", action="store_true",
+        help="the same, everything allocated; INPUT is not read")
 
-    group = parser.add_argument_group("how to run")
-    group.add_argument(
-        "-m",
-        "--parallel",
-        metavar="N",
-        type=parallel_argument,
-        default=4,
-        help="readers at work at once, 1 to 64 (default: 4)",
-    )
-    group.add_argument(
-        "--measure",
-        action="store_true",
-        help="write no image, print its exact size",
-    )
-    group.add_argument(
-        "--output", choices=("human", "json"), help="how --measure prints (default: human)"
-    )
-    group.add_argument(
-        "-p", "--progress", action="store_true", help="show progress on stderr (SIGUSR1: a line)"
-    )
-    group.add_argument("-h", "--help", action="help", help="show this text and exit")
-    group.add_argument(
-        "-V",
-        "--version",
-        action="version",
-        version=PROGRAM + " " + __version__,
-        help="show the version and exit",
-    )
+    add = parser.add_argument_group("how to run").add_argument
+    add("-m", "--parallel", metavar="N", type=parallel_argument, default=4,
+        help="readers at work at once, 1 to 64 (default: 4)")
+    add("--measure", action="store_true", help="write no image, print its exact size")
+    add("--output", choices=("human", "json"), help="how --measure prints (default: human)")
+    add("-p", "--progress", action="store_true", help="show progress on stderr (SIGUSR1: a line)")
+    add("-h", "--help", action="help", help="show this text and exit")
+    add("-V", "--version", action="version", version=PROGRAM + " " + __version__,
+        help="show the version and exit")
+    # fmt: on
     return parser
 
 
@@ -4074,24 +4533,33 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     """Raise Error for options that don't go together."""
     external = "--data-file-raw" if options.data_file_raw else "--data-file"
     has_external = options.data_file or options.data_file_raw
-    partial = "--diff" if options.diff is not None else "--layout"
-    is_partial = options.diff is not None or options.layout is not None
+    partial = "--diff" if options.diff is not None else "--bitmap" if options.bitmap else "--layout"
+    partials = [options.diff, options.layout, options.bitmap]
+    is_partial = partials != [None] * 3
     overlay = options.backing_file is not None
+    name = options.backing_file or ""
     maps = (options.json_header_map, options.json_header_info) != (None, None)
     base_maps = (options.json_header_diff_map, options.json_header_diff_info) != (None, None)
     old = options.compat == "0.10"
     is_stream = options.input == "-" and not options.image_opts
+    is_uri = is_nbd_uri(options.input) and not options.image_opts
     has_format = options.format != "raw" or options.image_opts
     input_format = "--image-opts" if options.image_opts else f"--format {options.format}"
+    is_qcow2 = options.format == "qcow2" and not is_stream
+    base_format = options.diff_format or options.format
     contradictions = (
-        (is_stream and options.size is None,
-         "INPUT - is a stream, and the size of its disk must be known first; add --size"),
         (not is_stream and options.size is not None,
          "--size is for INPUT -, which can't be asked for its size; leave it out, or write - for "
          "INPUT"),
-        (is_stream and (has_format or maps or has_external),
-         "INPUT - is raw data that is read once; leave --format, --image-opts, --data-file and "
-         "--json-header options out"),
+        (is_stream and options.format != "raw",
+         f"INPUT - is raw data that is read once, but {options.format} must be read here and "
+         "there; write it to a file first"),
+        (is_stream and options.size is None,
+         "INPUT - is a stream, and the size of its disk must be known first; add --size"),
+        (is_stream and (maps or has_external),
+         "INPUT - is raw data that is read once; leave --data-file and --json-header options out"),
+        (is_stream and options.salvage,
+         "INPUT - comes once, and nothing can be salvaged of it; leave --salvage out"),
         (is_stream and options.diff is not None,
          "INPUT - is read once, which leaves nothing to be copied after a comparison; use "
          "--layout instead of --diff"),
@@ -4109,8 +4577,11 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
         (options.image_opts and opens_for_writing(options.input),
          f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
+        (is_uri and options.format != "raw",
+         f"an NBD server shows a disk as it is: leave -f {options.format} out"),
         (has_format and has_external,
          f"{external} refers to INPUT as it is, and {input_format} is not raw; leave one out"),
+        (is_uri and has_external, f"{external} refers to a file, and INPUT is an NBD server"),
         (has_format and (maps or base_maps),
          f"the --json-header options describe raw disks; leave {input_format} out"),
         (options.diff_format is not None and options.diff is None,
@@ -4118,10 +4589,10 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (not all(re.match(r"[\w-]+\Z", each or "raw", re.ASCII) for each in
                  (options.format, options.diff_format)),
          "a format is a name such as raw, qcow2 or vmdk"),
-        (options.diff is not None and options.layout is not None,
-         "--diff and --layout both say what to export; give one of them"),
-        (options.trust_layout and options.layout is None,
-         "--trust-layout needs a --layout to trust"),
+        (len([each for each in partials if each is not None]) > 1,
+         "--diff, --bitmap and --layout all say what to export; give one of them"),
+        (options.no_scan and options.diff is not None,
+         "--diff compares, and --no-scan does not look; leave one of them out"),
         (is_partial and has_external,
          f"{partial} exports a part of the disk, but {external} refers to all of it; leave one of "
          "them out"),
@@ -4132,41 +4603,48 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "one of them out"),
         (base_maps and options.diff is None,
          "--json-header-diff-map and --json-header-diff-info describe BASE; add --diff BASE"),
+        (options.snapshot is not None and options.snapshot.startswith("snapshot."),
+         "--snapshot takes the name or the ID itself, without snapshot.name= before it"),
+        (options.snapshot is not None and not is_qcow2,
+         "--snapshot is for a qcow2 INPUT; add -f qcow2"),
+        (options.diff_snapshot is not None and (options.diff is None or base_format != "qcow2"),
+         "--diff-snapshot is for a qcow2 BASE; add --diff BASE, and -f or --diff-format qcow2"),
+        (options.bitmap is not None and not (is_qcow2 or is_uri),
+         "--bitmap is for a qcow2 INPUT (add -f qcow2) or an NBD server's (nbd://…)"),
+        (options.bitmap is not None and options.snapshot is not None,
+         "a bitmap says what has changed in the disk as it is now; leave --snapshot out"),
+        (any("data=" in each for each in options.object),
+         "--object with data=… would show the secret to whoever lists processes; put it into a "
+         "file of its own, and give file=NAME"),
         (overlay and has_external,
          f"--backing-file and {external} exclude each other: an overlay holds its own data"),
         (overlay and not is_partial,
-         "--backing-file needs --diff or --layout, which say what differs from it"),
+         "--backing-file needs --diff, --bitmap or --layout, which say what differs from it"),
         (overlay and options.backing_format is None,
          "--backing-file needs --backing-format: a format that is left to be guessed is a "
          "security hole; add for example -F qcow2"),
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
-        (options.image_opts and options.diff is not None and options.diff_format is None,
+        (options.image_opts and options.diff is not None and options.diff_format is None
+         and not is_nbd_uri(options.diff),
          "--image-opts says the format of INPUT alone; add --diff-format for BASE"),
-        (overlay and options.diff is not None and are_same_file(options.input, options.diff)
-         and options.format == (options.diff_format or options.format),
-         "INPUT and BASE are the same disk, which differs in nothing; give --diff the older one"),
-        (overlay and options.diff is not None
-         and are_same_file(options.diff, options.backing_file)
-         and (options.diff_format or options.format) != options.backing_format,
-         "BASE and the backing file are the same file, once as "
-         f"{options.diff_format or options.format} and once as {options.backing_format}; add "
-         f"--diff-format {options.backing_format}"),
-        (overlay and re.match("[^/]*:", options.backing_file or "")
-         and (not PROTOCOLS.match(options.backing_file)
-              or os.path.exists(options.backing_file)),
-         f"QEMU takes what is before the colon of {quoted(options.backing_file or '')} for a "
-         "protocol; put ./ before the name"),
-        (overlay and (re.match("(file|host_device|host_cdrom):[^/]", options.backing_file or "")
-                      or not all(map(os.path.isabs, file_names_in_json(options.backing_file)))),
-         f"QEMU looks for {quoted(options.backing_file or '')} from its own folder, not beside the "
-         "overlay; give the name alone, or an absolute one"),
-        (overlay and not options.backing_file,
+        (overlay and options.diff is not None and are_same_file(options.diff, name)
+         and base_format != options.backing_format,
+         f"BASE and the backing file are the same file, once as {base_format} and once as "
+         f"{options.backing_format}; add --diff-format {options.backing_format}"),
+        (overlay and re.match("[^/]*:", name) and (not PROTOCOLS.match(name)
+                                                   or os.path.exists(name)),
+         f"QEMU takes what is before the colon of {quoted(name)} for a protocol; put ./ before "
+         "the name"),
+        (overlay and re.match("(file|host_device|host_cdrom):[^/]", name),
+         f"QEMU looks for {quoted(name)} from its own folder, not beside the overlay; give the "
+         "name alone, or an absolute one"),
+        (overlay and not name,
          "the name of the backing file is empty; give one to --backing-file"),
         (overlay and not FORMATS.match(options.backing_format or ""),
          f"{quoted(options.backing_format or '')} is no format; give --backing-format raw, qcow2 "
          "or another that QEMU knows"),
-        (overlay and len(os.fsencode(options.backing_file or "")) > MAX_BACKING_NAME_BYTES,
+        (overlay and len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES,
          f"the name of the backing file is longer than {MAX_BACKING_NAME_BYTES} bytes, qcow2's "
          "limit; give a shorter one"),
         (old and options.refcount_bits != 16,
@@ -4179,39 +4657,34 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
             raise Error(message)
 
 
-def read_json_source(name: str, option: str, what: str) -> str:
-    """The text of a layout file, of standard input, or of a descriptor by its number."""
-    file = 0 if name == "-" else name  # type: Union[int, str]
-    if option.startswith("--json-header"):
-        if not re.match(r"\d{1,9}\Z", name):
-            raise Error(f"{option}: {quoted(name)} is not the number of an open descriptor")
-        file = int(name)
+def json_reader(
+    name: str, option: str, what: str, resources: contextlib.ExitStack
+) -> Callable[[], bytes]:
+    """What reads more bytes of a layout: of a file, standard input, or a descriptor."""
+    is_fd = option.startswith("--json-header")
+    if is_fd and not re.match(r"\d{1,9}\Z", name):
+        raise Error(f"{option}: {quoted(name)} is not the number of an open descriptor")
+    failed = f"{option}: cannot read {quoted(name)}: "
     try:
-        with open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened:
-            raw = read_all(opened, MAX_JSON_BYTES + 1)
+        if is_fd or name == "-":
+            fd = int(name) if is_fd else 0
+            os.fstat(fd)
+        else:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            resources.callback(os.close, fd)
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise Error(f"{option}: cannot read {quoted(name)}: {why}") from error
-    if len(raw) > MAX_JSON_BYTES:
-        raise Error(f"{what} is longer than {MAX_JSON_BYTES >> 20} MiB; that is no list of extents")
-    # Only names and descriptions can hold more than ASCII, and nobody asks for those; but one
-    # character of an unusual script would make the text take four times its size.
-    return raw.decode("latin-1")
+        raise Error(failed + reason(error)) from error
 
+    def read() -> bytes:
+        while True:
+            try:
+                return os.read(fd, READ_SIZE)
+            except BlockingIOError:
+                wait_for(fd, "POLLIN")
+            except OSError as error:
+                raise Error(failed + reason(error)) from error
 
-def read_all(file: Any, limit: int) -> bytes:
-    """All of an unbuffered file, up to a limit, whether it blocks or not."""
-    parts = []
-    while limit > 0:
-        data = file.read(min(limit, READ_SIZE))
-        if data is None:
-            wait_for(file.fileno(), "POLLIN")
-            continue
-        if not data:
-            break
-        parts.append(data)
-        limit -= len(data)
-    return b"".join(parts)
+    return read
 
 
 class KnownDisk(NamedTuple):
@@ -4219,7 +4692,7 @@ class KnownDisk(NamedTuple):
 
     info        its sizes, or None
     ranges      all of it but what is known to be zeros, or None
-    is_whole    the map tells of every byte, as one of qemu-img does; else it is not believed
+    is_whole    the map speaks of every byte, as one of qemu-img does; else it is not believed
     """
 
     info: Optional[DiskInfo]
@@ -4228,59 +4701,81 @@ class KnownDisk(NamedTuple):
 
 
 def read_known_disk(
-    name: str, map_fd: Optional[str], info_fd: Optional[str], suffix: str
+    name: str,
+    map_fd: Optional[str],
+    info_fd: Optional[str],
+    suffix: str,
+    resources: contextlib.ExitStack,
 ) -> KnownDisk:
-    """Read what XAPI's descriptors tell of the disk in a file."""
-    info = None
-    # The map first: whoever writes both to pipes may do so in this order.
+    """Read what XAPI's descriptors say of the disk in a file."""
     map_option, info_option = (f"--json-header-{suffix}{kind}" for kind in ("map", "info"))
-    map_json = "" if map_fd is None else read_json_source(map_fd, map_option, map_option)
+    info = None
+    entries = None
+    if map_fd is not None:
+        # All of it before the info: whoever writes both to pipes may do so in this order.
+        read = json_reader(map_fd, map_option, map_option, resources)
+        entries = list(JsonList(read, map_option))
     if info_fd is not None:
-        info = read_info(read_json_source(info_fd, info_option, info_option), info_option)
-    if map_fd is None:
+        read = json_reader(info_fd, info_option, info_option, resources)
+        info = read_info(b"".join(iter(read, b"")).decode("latin-1"), info_option)
+    if entries is None:
         return KnownDisk(info, None, False)
     if info is None:
-        with contextlib.closing(DiskFile(name)) as file:
+        with contextlib.closing(DiskFile(name, Watch())) as file:
             size = align_up(file.size, SECTOR_SIZE)
     else:
         size = info.virtual_size
-    layout = read_layout(map_json, map_option, size, False, QEMU_ALLOCATION)
+    layout = read_layout(entries, map_option, size, False, QEMU_ALLOCATION)
     stored, gaps = RangeList(), RangeList()
-    for start, end, (told,) in sweep(size, joined(layout.all())):
-        if told is None:
-            gaps.add(start, end)
+    for start, end in layout.gaps(size):
+        gaps.add(start, end)
     for start, end in joined(Layout(layout.data, gaps).all()):
         stored.add(start, end)
     return KnownDisk(info, stored, not gaps)
 
 
 class Sources(NamedTuple):
-    """What is read: the disk, perhaps its base, and whether their extents are to be trusted."""
+    """What is read.
+
+    disk            whose image is written
+    base            with which it is compared, or None
+    changed         ranges of the disk of which a dirty bitmap says that they changed, or None
+    virtual_size    bytes, a multiple of 512
+    cluster_size    bytes, if XAPI has said it
+    is_known        what the extents of disk and base name is data: no look is needed
+    """
 
     disk: Source
     base: Optional[Source]
+    changed: Optional[Iterable[Range]]
     virtual_size: int
     cluster_size: Optional[int]
-    trusted: bool
-
-    def sizes_below(self) -> Collection[int]:
-        """The sizes in bytes that a raw disk below the overlay may have."""
-        files = self.base.files if self.base else ()
-        return {self.virtual_size, *(align_up(file.size, SECTOR_SIZE) for file in files)}
+    is_known: bool
 
 
-def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -> Sources:
+def open_sources(
+    options: argparse.Namespace, watch: Watch, resources: contextlib.ExitStack
+) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
-
     # Read before a disk is opened, which would get the number of a descriptor that is missing.
-    known = read_known_disk(options.input, options.json_header_map, options.json_header_info, "")
+    known = read_known_disk(
+        options.input, options.json_header_map, options.json_header_info, "", resources
+    )
     known_base = read_known_disk(
-        options.diff, options.json_header_diff_map, options.json_header_diff_info, "diff-"
+        options.diff,
+        options.json_header_diff_map,
+        options.json_header_diff_info,
+        "diff-",
+        resources,
     )
     info = known.info
     image = ImageName(options.input, options.format, options.image_opts)
+    opener = Opener(options, watch, resources)
     limit = info.virtual_size if info else options.size
-    disk = open_disk(image, resources, limit, known.ranges)
+    disk = opener.open(image, limit, known.ranges, options.snapshot, options.bitmap)
+    changed = None
+    if options.bitmap is not None:
+        changed = opener.changed_ranges(image.name, options.bitmap, disk.size)
     size = align_up(disk.size if info is None else info.virtual_size, SECTOR_SIZE)
     if align_up(disk.size, SECTOR_SIZE) < size:
         raise Error(
@@ -4288,26 +4783,29 @@ def open_sources(options: argparse.Namespace, resources: contextlib.ExitStack) -
             "describes another disk"
         )
     base = None
-    trusted = known.is_whole
+    is_known = known.is_whole or options.no_scan
     if options.diff is not None:
-        trusted = trusted and known_base.is_whole
-        base_size = min(size, known_base.info.virtual_size) if known_base.info else size
-        base_image = ImageName(options.diff, options.diff_format or options.format, False)
-        try:
-            base = open_disk(base_image, resources, base_size, known_base.ranges)
-        except Error as error:
-            is_said = options.diff_format is not None or base_image.format == "raw"
-            if is_said or os.path.isdir(options.diff) or not os.path.exists(options.diff):
-                raise
-            raise Error(
-                f"{error} (without --diff-format, BASE is {base_image.format}, as INPUT is)"
-            ) from error
-        if options.diff_format is None and (base_image.format, options.backing_format) == (
-            "raw",
-            "qcow2",
-        ):
-            refuse_if_qcow2(base, options.diff)
-    return Sources(disk, base, size, info and info.cluster_size, trusted)
+        is_known = known.is_whole and known_base.is_whole
+        base = open_base(options, opener, known_base)
+    return Sources(disk, base, changed, size, info.cluster_size if info else None, is_known)
+
+
+def open_base(options: argparse.Namespace, opener: "Opener", known: KnownDisk) -> Source:
+    """Open the disk that --diff names."""
+    is_uri = is_nbd_uri(options.diff)
+    fmt = options.diff_format or ("raw" if is_uri else options.format)
+    image = ImageName(options.diff, fmt, False)
+    limit = known.info.virtual_size if known.info else None
+    try:
+        base = opener.open(image, limit, known.ranges, options.diff_snapshot)
+    except Error as error:
+        is_said = options.diff_format is not None or fmt == "raw"
+        if is_said or os.path.isdir(options.diff) or not os.path.exists(options.diff):
+            raise
+        raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
+    if options.diff_format is None and (fmt, options.backing_format) == ("raw", "qcow2"):
+        refuse_if_qcow2(base, options.diff)
+    return base
 
 
 def refuse_if_qcow2(base: Source, name: str) -> None:
@@ -4316,7 +4814,7 @@ def refuse_if_qcow2(base: Source, name: str) -> None:
     Not to guess: a guest may have written them. But it is to be said which of both is meant.
     """
     magic = bytearray(len(MAGIC))
-    base.read_into(memoryview(magic), 0)
+    base.read_into(memoryview(magic), 0, Cutter(base.extents()).take(0, len(magic)))
     if magic == MAGIC:
         raise Error(
             f"{quoted(name)} begins as a qcow2 image does, and the backing file is one, but "
@@ -4325,59 +4823,120 @@ def refuse_if_qcow2(base: Source, name: str) -> None:
         )
 
 
-def open_disk(
-    image: ImageName,
+class Opener:
+    """Opens disks of every kind, and the dirty bitmap of one."""
+
+    def __init__(
+        self, options: argparse.Namespace, watch: Watch, resources: contextlib.ExitStack
+    ) -> None:
+        self._options = options
+        self._watch = watch
+        self._resources = resources
+        self._nbd = None  # type: Optional[NbdExport]
+
+    def open(
+        self,
+        image: ImageName,
+        size: Optional[int] = None,
+        ranges: Optional[Iterable[Range]] = None,
+        snapshot: Optional[str] = None,
+        bitmap: Optional[str] = None,
+    ) -> Source:
+        """Open a disk.
+
+        size, ranges    see RawSource
+        snapshot        the name or ID of an internal one
+        bitmap          the name of a dirty bitmap that an NBD server is to have
+        """
+        source = self._open(image, size, ranges, snapshot, bitmap)
+        return SalvageSource(source) if self._options.salvage else source
+
+    def _open(
+        self,
+        image: ImageName,
+        size: Optional[int],
+        ranges: Optional[Iterable[Range]],
+        snapshot: Optional[str],
+        bitmap: Optional[str],
+    ) -> Source:
+        watch, resources = self._watch, self._resources
+        name = image.name
+        if image.is_options:
+            return open_with_qemu(image, watch, resources, self._options.object)
+        if name == "-":
+            return StreamSource(StreamFile(size or 0, watch), watch)
+        if is_nbd_uri(name):
+            self._nbd = connect_nbd_uri(name, resources, bitmap)
+            return RawSource(self._nbd, watch, size)
+        if PROTOCOLS.match(name) and not os.path.exists(name):
+            hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
+            if name.startswith(("file:", "host_")):
+                hint = "leave out what is before the colon"
+            raise Error(f"there is no file {quoted(name)}; {hint}")
+        if image.format == "raw":
+            file = DiskFile(name, watch)
+            resources.callback(file.close)
+            return RawSource(file, watch, size, ranges)
+        source = None
+        if image.format == "qcow2":
+            source = open_qcow2(name, watch, resources, snapshot)
+        return source or open_with_qemu(image, watch, resources, self._options.object, snapshot)
+
+    def changed_ranges(self, name: str, bitmap: str, size: int) -> Iterator[Range]:
+        """The ranges of a disk that is open already of which its dirty bitmap says they changed."""
+        if self._nbd is not None:
+            return self._nbd.bitmap_ranges(size)
+        image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
+        ranges, is_recording = image.bitmap_ranges(bitmap)
+        if not is_recording:
+            warn(f"the bitmap {quoted(bitmap)} is disabled: what was written since is not in it")
+        return ranges
+
+
+def make_steps(
+    options: argparse.Namespace,
+    sources: Sources,
+    geometry: Geometry,
+    policy: ReadPolicy,
     resources: contextlib.ExitStack,
-    size: Optional[int],
-    ranges: Optional[Iterable[Range]],
-) -> Source:
-    """Open a disk of any format; size and ranges: see RawSource."""
-    if image.name == "-" and not image.is_options:
-        return RawSource(StreamFile(size or 0))
-    if not image.is_options and PROTOCOLS.match(image.name) and not os.path.exists(image.name):
-        hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
-        if image.name.startswith(("file:", "host_")):
-            hint = "leave out what is before the colon"
-        raise Error(f"there is no file {quoted(image.name)}; {hint}")
-    if image.is_options or image.format != "raw":
-        source = open_image(image, resources)
-        if size is not None:
-            source.size = min(source.size, size)
-        return source
-    file = DiskFile(image.name)
-    resources.callback(file.close)
-    return RawSource(file, size, ranges)
-
-
-def make_steps(options: argparse.Namespace, sources: Sources, geometry: Geometry) -> Iterable[Step]:
+) -> Iterable[Step]:
     """What is known of each cluster, or who finds out, as the options want it."""
-    count, size = geometry.cluster_count, geometry.cluster_size
+    count, cluster_size = geometry.cluster_count, geometry.cluster_size
+    size, disk = geometry.virtual_size, sources.disk
     if options.data_file_raw or (options.input == "-" and options.layout is None):
         return [Step(0, count, DATA)] if count else []
     overlay = options.backing_file is not None
-    has_zero_flag = options.compat != "0.10"
     # What a cluster becomes that has changed and is all zeros: in an overlay it must hide the
     # backing file's; a bare difference is written over the base, by importers that know no flag.
     if overlay:
-        zeros = ZERO if has_zero_flag else DATA
+        state = ZERO if options.compat != "0.10" else DATA
     else:
-        zeros = UNALLOCATED if sources.base is None else DATA
-    if options.layout is not None:
-        what = f"layout {quoted(options.layout)}"
-        text = read_json_source(options.layout, "--layout", what)
-        layout = read_layout(text, what, geometry.virtual_size, overlay)
-        # No layout speaks of the zeros that fill the last sector; a longer backing file has other
-        # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
-        is_rounded = options.image_opts or options.format != "raw"
-        padding = max(0, sources.disk.size - SECTOR_SIZE) if is_rounded else sources.disk.size
-        if overlay and padding < geometry.virtual_size:
-            layout.data.add(padding, geometry.virtual_size)
-        if options.trust_layout or options.input == "-":
-            return trusted_layout_steps(layout, zeros, geometry.virtual_size, size)
-        return layout_steps(sources.disk, layout, zeros, count, size)
+        state = UNALLOCATED if sources.base is None and sources.changed is None else DATA
     if sources.base is not None:
-        return diff_steps(sources.disk, sources.base, zeros, sources.trusted, geometry)
-    return full_steps(sources.disk, count, size, sources.trusted)
+        diff_probe = DiffProbe(cluster_size, disk, sources.base, state, sources.is_known, policy)
+        return diff_steps(disk, up_to(sources.base.extents(), size), count, diff_probe, policy)
+    probe = Probe(cluster_size, disk, state, DATA, policy)
+    if options.layout is None and sources.changed is None:
+        if sources.is_known:
+            return believed_steps(disk.extents(), (), (), state, size, cluster_size)
+        return probed_steps(disk, [(0, count)], state, count, probe, policy)
+    if sources.changed is not None:
+        layout = Layout(RangeList(), RangeList())
+        for start, end in sources.changed:
+            layout.data.add(start, end)
+    else:
+        what = f"layout {quoted(options.layout)}"
+        read = json_reader(options.layout, "--layout", what, resources)
+        layout = read_layout(JsonList(read, what), what, size, overlay)
+    # No layout speaks of the zeros that fill the last sector; a longer backing file has other
+    # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
+    padding = max(0, disk.size - SECTOR_SIZE) if options.image_opts else disk.size
+    if overlay and padding < size:
+        layout.data.add(padding, size)
+    if options.no_scan or options.input == "-":
+        named = layout.all()
+        return believed_steps(named, layout.data, layout.zeros, state, size, cluster_size)
+    return probed_steps(disk, cluster_runs(layout.all(), cluster_size), state, count, probe, policy)
 
 
 def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
@@ -4403,84 +4962,109 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
     return header.fitted(geometry.cluster_size)
 
 
-def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: "Progress") -> None:
-    """Go through the rooms. Raises Error, ConsumerGone, Interrupted."""
+def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: "Progress") -> int:
+    """Go through the rooms. Returns the exit status. Raises Error and ConsumerGone."""
     refuse_contradictions(options)
     output = Output(1, is_text=options.measure)
-    if not options.measure:
-        output.claim_file()  # before sources are opened, which may take a while
-    sources = open_sources(options, resources)
-    disks = [sources.disk] + ([sources.base] if sources.base else [])
-    output.refuse_if_among(file for disk in disks for file in disk.files)
-    if options.backing_file is not None:
-        output.refuse_if_named(options.backing_file)
-        output.refuse_if_no_backing_file(
-            options.backing_file, options.backing_format, sources.sizes_below()
-        )
-    if not options.measure:
-        output.claim_device()
-
+    # Sources: where guest bytes are.
+    watch = Watch()
+    guard = None if options.measure else OutputGuard(output)
+    progress.enter(f"opening {quoted(options.input)}")
+    sources = open_sources(options, watch, resources)
+    if guard:
+        guard.refuse_if_source(watch)
+        if options.backing_file is not None:
+            guard.refuse_if_named(options.backing_file)
+            warn_of_backing_file(guard.beside(options.backing_file), options.backing_format)
     cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
     geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)
     geometry.refuse_if_too_large()
     header = make_header(options, geometry)
+    progress.watch(watch, options.live)
 
-    readers = Readers(options.parallel)
-    for disk in disks:
-        disk.expect_reads("RANDOM")  # heads of clusters are far from each other
+    # Scan: what each guest cluster will be.
+    readers = Readers(options.parallel, ReadPolicy(reads_all=options.salvage), cluster_size)
     cluster_map = ClusterMap(geometry.cluster_count, geometry.table_entries)
     size = geometry.virtual_size
     progress.enter("scan", size, lambda: min(size, len(cluster_map) * cluster_size))
-    fill_map(cluster_map, make_steps(options, sources, geometry), cluster_size, readers)
+    steps = make_steps(options, sources, geometry, readers.policy, resources)
+    fill_map(cluster_map, steps, readers)
+
+    # Plan: where everything goes.
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
     has_data = header.data_file_name is None
     plan = make_plan(geometry, tables, cluster_map.data_clusters if has_data else 0)
     plan.refuse_if_too_large()
-    check_unchanged(disks)
     if options.measure:
+        progress.end_watch()
         full = make_plan(geometry, geometry.l1_entries, has_data and geometry.cluster_count)
         output.write(measurement(plan, full, options.output == "json"))
         output.flush()
-        return
+        return report_damage(sources)
+
+    # Write: the stream.
     progress.enter("write", plan.file_size, lambda: output.written)
     write_image(output, plan, header, sources.disk, cluster_map, readers)
-    for file in sources.disk.files:
-        if isinstance(file, StreamFile):
-            file.expect_end()
+    warning = sources.disk.finish()
+    output.settle()
+    progress.end_watch()
     output.finish()
-    check_unchanged(disks)
+    if guard:
+        guard.refuse_if_disturbed()
+    if warning:
+        warn(warning)
     progress.finish(size, min(size, cluster_map.data_clusters * cluster_size), plan.file_size)
+    return report_damage(sources)
+
+
+def report_damage(sources: Sources) -> int:
+    """Name each range of the guest's addresses that could not be read. Returns the exit status."""
+    status = 0
+    for disk, what in ((sources.disk, "became zeros"), (sources.base, "counts as different")):
+        for start, end in joined(sorted(disk.damage)) if isinstance(disk, SalvageSource) else ():
+            warn(f"{end - start} bytes from offset {start} can't be read: that {what}")
+            status = 3 if disk is sources.disk else status
+    return status
+
+
+def warn_of_backing_file(path: str, fmt: str) -> None:
+    """Warn if what the image names is there, but not what it is said to be, or not whole."""
+    if not os.path.isfile(path) or fmt != "qcow2":
+        return
+    try:
+        with contextlib.ExitStack() as resources:
+            Qcow2Image(path, Watch(), resources).check_end()
+    except Error as error:
+        warn(f"the backing file is no whole qcow2 image now: {error}")
 
 
 def measurement(plan: Plan, full: Plan, as_json: bool) -> bytes:
     """The sizes that an image has now, and would have without a zero, as qemu-img prints them."""
     if as_json:
+        import json
+
         sizes = {"required": plan.file_size, "fully-allocated": full.file_size}
-        return dump_json(sizes) + b"\n"
+        return json.dumps(sizes).encode("ascii") + b"\n"
     lines = f"required size: {plan.file_size}\nfully allocated size: {full.file_size}\n"
     return lines.encode("ascii")
 
 
-def check_unchanged(disks: Iterable[Source]) -> None:
-    """Raise Error if any of the disks is not what it was."""
-    for disk in disks:
-        disk.check_unchanged()
-
-
 class Progress:
-    """What is said on stderr while the program works, and after it.
+    """What happens beside the work: what is said on stderr, and the look at what has changed.
 
-    A timer's signal asks for it, so that the loops that do the work need not, and so that
-    something is said even while a consumer keeps the program waiting. SIGUSR1 asks for a line
-    at any time, as it does of dd.
+    A timer's signal asks for both, so that the loops that do the work need not, and so that it
+    happens even while a consumer keeps the program waiting. SIGUSR1 asks for a line at any time,
+    as it does of dd.
     """
 
     def __init__(self) -> None:
         self._phase = "starting"
         self._total = 0
         self._done = lambda: 0  # type: Callable[[], int]
-        self._began = self._entered = time.monotonic()
-        self._is_on = False
+        self._began = self._entered = self._drew = self._looked = time.monotonic()
+        self._interval = 0.0  # seconds between two drawings; 0: none
+        self._watch = None  # type: Optional[Watch]
+        self._is_live = False
         self._is_mute = self._is_busy = False
         self._is_terminal = False
         self._is_drawn = False
@@ -4503,34 +5087,70 @@ class Progress:
             )
         with contextlib.suppress(OSError):
             self._is_terminal = os.isatty(2)
-        self._is_on = True
-        interval = TERMINAL_INTERVAL if self._is_terminal else LOG_INTERVAL
-        signal.signal(signal.SIGALRM, lambda _signum, _frame: self._draw())
-        signal.setitimer(signal.ITIMER_REAL, interval, interval)
+        self._interval = TERMINAL_INTERVAL if self._is_terminal else LOG_INTERVAL
+        self._set_timer()
 
     def turn_off(self) -> None:
         """Say no more; what was drawn on a terminal stays as a line."""
-        if self._is_on:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self._is_on = False
+        self._interval = 0.0
+        self._set_timer()
         if self._is_drawn:
             report("")
             self._is_drawn = False
 
-    def enter(self, phase: str, total: int, done: Callable[[], int]) -> None:
-        """Begin a phase of `total` bytes, of which done() tells how many are behind."""
+    def watch(self, watch: Watch, is_live: bool = False) -> None:
+        """Look from now on whether a source changes, which ends the run.
+
+        is_live     that is but a warning, once
+        """
+        self._watch, self._is_live = watch, is_live
+        self._set_timer()
+
+    def end_watch(self) -> None:
+        """Look a last time. What changes from now on does not count any more."""
+        watch, self._watch = self._watch, None
+        self._set_timer()
+        if watch is not None:
+            self._judge(watch.check(is_last=True))
+
+    def _judge(self, change: Optional[str]) -> None:
+        if change is None:
+            return
+        if not self._is_live:
+            raise Error(f"{change}; the image is not consistent, export a snapshot instead")
+        self._watch = None
+        warn(f"{change}; the image is not of one moment")
+
+    def _set_timer(self) -> None:
+        wanted = [each for each in (self._interval, self._watch and WATCH_INTERVAL) if each]
+        interval = min(wanted, default=0)
+        signal.signal(signal.SIGALRM, lambda _signum, _frame: self._tick())
+        signal.setitimer(signal.ITIMER_REAL, interval, interval)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._interval and now >= self._drew + self._interval * 0.9:
+            self._drew = now
+            self._draw()
+        if self._watch is not None and now >= self._looked + WATCH_INTERVAL * 0.9:
+            self._looked = now
+            self._judge(self._watch.check())
+
+    def enter(self, phase: str, total: int = 0, done: Callable[[], int] = lambda: 0) -> None:
+        """Begin a phase of `total` bytes, of which done() says how many are behind."""
         self._phase, self._total, self._done = phase, total, done
         self._entered = time.monotonic()
 
     def line(self) -> str:
         """Phase, per cent, bytes, rate and time left, in less than a terminal's width."""
         done, seconds = self._done(), time.monotonic() - self._entered
+        if not self._total:
+            return f"{self._phase}  {duration(seconds)}"
         rate = done / seconds if seconds else 0.0
-        share = 100 * done // self._total if self._total else 100
         left = duration((self._total - done) / rate) if rate else "?"
         return (
-            f"{self._phase:5} {share:3}%  {human(done)} of {human(self._total)}  {human(rate)}/s  "
-            f"{left} left"
+            f"{self._phase:5} {100 * done // self._total:3}%  {human(done)} of "
+            f"{human(self._total)}  {human(rate)}/s  {left} left"
         )
 
     def _print(self) -> None:
@@ -4538,20 +5158,20 @@ class Progress:
             return
         self._is_busy = True  # a storm of signals would interrupt one answer by the next
         self._is_drawn = False
-        start = "\r\x1b[K" if self._is_terminal and self._is_on else ""
-        report(start + self.line(), patience=0)
+        start = "\r\x1b[K" if self._is_terminal and self._interval else ""
+        report(start + self.line(), seconds=0)
         self._is_busy = False
 
     def _draw(self) -> None:
         if self._is_terminal:
             self._is_drawn = True
-            report("\r\x1b[K" + self.line(), end="", patience=0)
+            report("\r\x1b[K" + self.line(), end="", seconds=0)
         else:
             self._print()
 
     def finish(self, size: int, data: int, written: int) -> None:
         """Sum up, all in bytes: the disk's size, its data, the image."""
-        if not self._is_on:
+        if not self._interval:
             return
         seconds = time.monotonic() - self._began
         rate = written / seconds if seconds else 0.0
@@ -4565,7 +5185,8 @@ class Progress:
 
 
 TERMINAL_INTERVAL, LOG_INTERVAL = 0.2, 5.0  # seconds between two drawings
-STDERR_PATIENCE = 5.0  # seconds that a message at the end waits for a full pipe
+WATCH_INTERVAL = 2.0  # seconds between two looks at the sources
+STDERR_TIMEOUT = 5.0  # seconds that a message at the end waits for a full pipe
 
 
 def human(count: float) -> str:
@@ -4584,22 +5205,28 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def end_by_signal(signum: int) -> int:
+def end_by_signal(signum: int) -> None:
     """End the process by a signal, so that whoever waits for it sees that one."""
     signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signum])
     os.kill(os.getpid(), signum)
-    return 128 + signum
+    os._exit(128 + signum)  # the first process of a container can't be ended so
 
 
-def report(message: str, end: str = "\n", patience: float = STDERR_PATIENCE) -> None:
-    """Write a message to stderr. Whatever becomes of it, the exit status tells the outcome.
+def report(message: str, end: str = "\n", seconds: float = STDERR_TIMEOUT) -> None:
+    """Write a message to stderr. Whatever becomes of it, the exit status says how it ended.
 
-    patience    seconds that a full pipe is waited for: perhaps nobody reads it
+    seconds     that a full pipe is waited for: perhaps nobody reads it
     """
     with contextlib.suppress(OSError, ImportError):
-        if wait_for(2, "POLLOUT", patience):
+        if wait_for(2, "POLLOUT", seconds):
             os.write(2, (message + end).encode("utf-8", "surrogateescape"))
+
+
+def warn(message: str) -> None:
+    """Say what the user should know, though the image is what was asked for."""
+    if not stderr_is_the_output():
+        report(f"{PROGRAM}: warning: {message}")
 
 
 def stderr_is_the_output() -> bool:
@@ -4628,11 +5255,8 @@ def open_standard_descriptors() -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the program, and end the process with its exit status, or by a signal.
 
-    At once: nothing is left for Python to do. While it took itself down, a thread that begins
-    only then would crash it (seen with Python 3.11), and with `-i` it would read commands next.
+    At once: nothing is left for Python to do, and its end would wait for readers at work.
     """
-    # What Python says of threads that find no memory would, with 2>&1, get into the image.
-    sys.stderr = io.StringIO()
     try:
         status = run_to_status(argv)
     except SystemExit as ending:  # argparse's
@@ -4641,15 +5265,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def run_to_status(argv: Optional[Sequence[str]]) -> int:
-    """Run the program, and say in one line what went wrong."""
+    """Run the program, and say in one line what a user, a disk or a consumer did wrong."""
     progress = Progress()
     try:
         open_standard_descriptors()
         # Python's own answer to Ctrl-C would be a traceback.
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if os.getpid() == 1:  # a container's first process: a default action ends it not
-            catch_signals()
+        if os.getpid() == 1:  # a container's first process: a default action does not end it
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(signum, lambda signum, _frame: os._exit(128 + signum))
         # Where it is ignored, nobody can learn how a child has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         progress.catch_signal()
@@ -4658,38 +5283,22 @@ def run_to_status(argv: Optional[Sequence[str]]) -> int:
             progress.turn_on()
         try:
             with contextlib.ExitStack() as resources:
-                run(options, resources, progress)
+                return run(options, resources, progress)
         finally:
             progress.turn_off()
-            release_signals()  # nothing is left that could be cleaned up
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's end would make it deadly
-        return 0
     except Error as error:
         report(f"{PROGRAM}: error: {error}")
     except MemoryError:
         report(f"{PROGRAM}: error: out of memory")
     except ImportError as error:  # too few descriptors or too little memory, or Python is replaced
         report(f"{PROGRAM}: error: cannot load a part of Python: {error}")
-    except OSError as error:  # by a module's file, or by what nobody has thought of
+    except OSError as error:  # a system that refuses what every program needs
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         report(f"{PROGRAM}: error: {reason(error)}")
     except ConsumerGone:
-        return end_by_signal(signal.SIGPIPE)
-    except Interrupted as interruption:
-        return end_by_signal(interruption.signum)
-    except Exception as error:
-        report(f"{PROGRAM}: error: a fault of this program, in line {last_line(error)}: {error!r}")
+        end_by_signal(signal.SIGPIPE)
     return 1
-
-
-def last_line(error: BaseException) -> int:
-    """The line of this program that an exception comes from."""
-    trace = error.__traceback__
-    lines = [0]
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == main.__code__.co_filename:
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return lines[-1]
 
 
 if __name__ == "__main__":
