@@ -34,14 +34,17 @@ import argparse
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
 import operator
 import os
 import re
+import select
 import stat
 import struct
 import sys
+import termios
 import time
 from array import array
 from typing import (
@@ -281,6 +284,7 @@ _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 _SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
 _SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
+LINUX_SEEK_HOLE = 4  # from fs.h; PyPy takes it, but doesn't name it
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
 MAX_ZERO_HEADS = 4  # heads of zeros in a row, until all the rest is read as well
@@ -400,7 +404,10 @@ class Watch:
             fields = []  # type: List[str]
             with ignore_unavailable(), open(sys_folder(status.st_rdev) + "/stat") as file:
                 fields = file.read().split()  # see the kernel's Documentation/block/stat.rst
-            return (os.lseek(fd, 0, os.SEEK_END), fields[6:7], fields[13:14])  # written, discarded
+            position = os.lseek(fd, 0, os.SEEK_CUR)  # of standard input
+            size = os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, position, os.SEEK_SET)
+            return (size, fields[6:7], fields[13:14])  # sectors written, discarded
         if is_thorough and stat.S_ISREG(status.st_mode) and not os.major(status.st_dev):
             # On no disk of this host: a network file system may answer from its memory.
             flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
@@ -433,8 +440,14 @@ class DiskFile:
             status = os.fstat(self.fd)
             self.is_regular = stat.S_ISREG(status.st_mode)
             self.identity = file_identity(status)
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
+            if self.is_regular:
+                # A write that is under way has set the time of change already: wait for its end.
+                # File systems lock a file for it, if asked for holes (ext4, tmpfs) or read (XFS).
+                with contextlib.suppress(OSError):
+                    os.lseek(self.fd, 0, LINUX_SEEK_HOLE)
+                    os.pread(self.fd, 1, 0)
             watch.add(self.fd, self.label)
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.advise(0, 0, "RANDOM")  # heads of clusters are far from each other
         except (OSError, ValueError) as error:
             raise Error(f"cannot open {self.label}: {reason(error)}") from error
@@ -458,7 +471,7 @@ class DiskFile:
             if is_kind(mode):
                 hint = "; give a regular file or a block device"
                 if is_kind is stat.S_ISFIFO:
-                    hint = "; a stream is read by --size SIZE - < FIFO"
+                    hint = "; write it to a file first, or read raw data by --size SIZE - < FIFO"
                 raise Error(f"cannot read {self.label}: it is {kind}{hint}")
 
     def _refuse_if_longer(self) -> None:
@@ -497,6 +510,10 @@ class DiskFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from offset on. Raises Error as read_into() does."""
+        with contextlib.suppress(OSError):
+            found = os.pread(self.fd, length, offset)
+            if len(found) == length:
+                return found
         data = bytearray(length)
         self.read_into(memoryview(data), offset)
         return bytes(data)
@@ -874,7 +891,6 @@ class StreamSource(RawSource):
 
 def refuse_direct(fd: int, mode: int, what: str) -> None:
     """Raise Error if a descriptor takes whole blocks only or, of a pipe, keeps packets apart."""
-    import fcntl
 
     if fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
         kind = "a pipe of packets" if stat.S_ISFIFO(mode) else "opened with O_DIRECT"
@@ -883,7 +899,6 @@ def refuse_direct(fd: int, mode: int, what: str) -> None:
 
 def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
     """Wait until a descriptor is ready: event is POLLIN or POLLOUT. False if time runs out."""
-    import select
 
     poll = select.poll()
     poll.register(fd, getattr(select, event))
@@ -894,7 +909,7 @@ def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
 
 F_OFD_GETLK = 36  # Linux's, from fcntl.h
 QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
-MAX_SNAPSHOTS = 65536  # as many as QEMU reads
+MAX_SNAPSHOTS, MAX_BITMAPS = 65536, 65535  # as many as QEMU reads
 ALL_SUBCLUSTERS = (1 << 32) - 1  # of each cluster, in the bitmap of an extended L2 entry
 SNAPSHOT_STRUCT = struct.Struct(">QIHHIIQII")  # section "Snapshots" of the specification
 BITMAP_STRUCT = struct.Struct(">QIIBBHI")  # section "Bitmap directory"
@@ -960,45 +975,43 @@ def inflate_zlib(data: bytes, size: int) -> bytes:
 def inflate_zstd(data: bytes, size: int) -> bytes:
     """A cluster of `size` bytes from zstd frames, whatever follows. Raises ValueError."""
     library = libzstd()
-    cluster = bytearray(size)
-    done = position = 0
-    if library is None:
-        zstd = import_zstd()
-        while done < size:
+    cluster = b""
+    while data and len(cluster) < size:
+        if library is None:
+            zstd = import_zstd()
             frame = zstd.ZstdDecompressor()
             try:
-                part = frame.decompress(data, size - done)
+                part = frame.decompress(data, size - len(cluster))
             except zstd.ZstdError as error:
                 raise ValueError(str(error)) from error
-            if not part:
-                break
-            cluster[done : done + len(part)] = part
-            done, data = done + len(part), frame.unused_data
-        return bytes(cluster[:done])
+            data = frame.unused_data
+        else:
+            # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
+            length = library.ZSTD_findFrameCompressedSize(data, len(data))
+            if library.ZSTD_isError(length):
+                raise ValueError("no frame of zstd")
+            part = decompress_frame(library, data, length, size - len(cluster))
+            data = data[length:] if len(part) < size else b""
+        cluster = cluster + part if cluster else part
+    return cluster
+
+
+def decompress_frame(library: Any, data: bytes, length: int, size: int) -> bytes:
+    """Up to `size` bytes from the frame in the first `length` bytes. Raises ValueError."""
     import _thread
     import ctypes
 
     thread = _thread.get_ident()
     if thread not in _zstd_contexts:
-        _zstd_contexts[thread] = library.ZSTD_createDCtx()
-    source = ctypes.create_string_buffer(data, len(data))
-    start, target = ctypes.addressof(source), (ctypes.c_char * size).from_buffer(cluster)
-    while done < size:
-        # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
-        length = library.ZSTD_findFrameCompressedSize(start + position, len(data) - position)
-        if library.ZSTD_isError(length):
-            break
-        count = library.ZSTD_decompressDCtx(
-            _zstd_contexts[thread],
-            ctypes.addressof(target) + done,
-            size - done,
-            start + position,
-            length,
-        )
-        if library.ZSTD_isError(count) or not length:
-            break
-        done, position = done + count, position + length
-    return bytes(cluster[:done])
+        _zstd_contexts[thread] = library.ZSTD_createDCtx(), ctypes.create_string_buffer(size)
+    context, target = _zstd_contexts[thread]
+    if len(target) < size:
+        target = ctypes.create_string_buffer(size)
+        _zstd_contexts[thread] = context, target
+    count = library.ZSTD_decompressDCtx(context, target, size, data, length)
+    if library.ZSTD_isError(count):
+        raise ValueError("a broken frame of zstd")
+    return ctypes.string_at(target, count)
 
 
 class Qcow2Image:
@@ -1048,9 +1061,11 @@ class Qcow2Image:
             self._extensions = unpack_extensions(first[header["header_length"] : self.cluster_size])
         except ValueError as error:
             raise self.corrupt(str(error)) from error
-        name = first[header["backing_file_offset"] :][: header["backing_file_size"]]
-        has_name = header["backing_file_offset"] and name
-        self.backing_file = os.fsdecode(name) if has_name else None
+        start, length = header["backing_file_offset"], header["backing_file_size"]
+        if start and (length > MAX_BACKING_NAME_BYTES or start + length > self.cluster_size):
+            raise self.corrupt(f"a backing file's name of {length} bytes at offset {start}")
+        name = first[start : start + length] if start else b""
+        self.backing_file = os.fsdecode(name) or None
         backing_format = self._extensions.get(EXTENSION_BACKING_FORMAT)
         self.backing_format = backing_format and os.fsdecode(backing_format)
         if not needs_tables:
@@ -1101,7 +1116,7 @@ class Qcow2Image:
         beside = os.path.join(os.path.dirname(self.file.path), name)
         self._data_file = DiskFile(name, watch)
         resources.callback(self._data_file.close)
-        with ignore_unavailable():
+        with ignore_unavailable(), contextlib.suppress(ValueError):
             if file_identity(os.stat(beside)) != self._data_file.identity:
                 raise Error(
                     f"the data file {quoted(name)} of {self.file.label} is looked for in the "
@@ -1248,7 +1263,9 @@ class Qcow2Image:
         sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
         stored = (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
         stored = min(stored, self.file.size - offset)  # it is an upper bound
-        if stored <= 0 or self._is_external:
+        if self._is_external:
+            raise self.corrupt("a compressed cluster beside an external data file")
+        if stored <= 0:
             raise self.file.ended_early(self.file.size)
         return start, start + self.cluster_size, self, offset, stored
 
@@ -1300,7 +1317,6 @@ class Qcow2Image:
 
         QEMU's locks are asked for, not taken.
         """
-        import fcntl
 
         flock = "hhqqi"  # type, whence, start, length, process
         for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
@@ -1324,7 +1340,7 @@ class Qcow2Image:
         names = []
         if len(directory) == 24 and self.header["autoclear_features"] & AUTOCLEAR_BITMAPS:
             count, size, position = struct.unpack(">I4xQQ", directory)
-            for _ in range(min(count, size // BITMAP_STRUCT.size)):
+            for _ in range(min(count, MAX_BITMAPS, size // BITMAP_STRUCT.size)):
                 fields = BITMAP_STRUCT.unpack(self._read(position, BITMAP_STRUCT.size))
                 name_size, extra_size = fields[5:]
                 text = self._read(position + BITMAP_STRUCT.size + extra_size, name_size)
@@ -1343,7 +1359,8 @@ class Qcow2Image:
                 "export the whole disk, and begin with a new bitmap"
             )
         reach = self.cluster_size * 8 << granularity_bits  # of a cluster of the bitmap, in bytes
-        if granularity_bits > 31 or count != div_up(self.header["size"], reach):
+        is_whole = count == div_up(self.header["size"], reach)
+        if granularity_bits > 31 or not is_whole or count * ENTRY_SIZE > MAX_L1_BYTES:
             raise self.corrupt(f"a bitmap with a table of {count} entries")
         table = unpack_entries(self._read(offset, count * ENTRY_SIZE))
         return joined(self._dirty_ranges(table, granularity_bits)), bool(flags & BITMAP_AUTO)
@@ -1531,7 +1548,7 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
 
 
 def socket_reason(error: Exception) -> str:
-    """What went wrong with a connection: the errors of names and of TLS have numbers of their own."""
+    """What went wrong with a connection: names and TLS have error numbers of their own."""
     text = getattr(error, "strerror", None) or str(error) or "it breaks the protocol"
     return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)", "", quoted(text)[1:-1])
 
@@ -1985,7 +2002,8 @@ class NbdExport:
             offset = request.offset
             if kind == NBD_REPLY_ERROR_OFFSET:
                 (offset,) = struct.unpack_from(">Q", payload, 6 + size)
-            request.error = (number, text or os.strerror(number), offset)
+            text = os.strerror(number) + (f" ({text})" if text else "")
+            request.error = (number, text, offset)
         elif kind != NBD_REPLY_NONE:
             raise ValueError("the server breaks the protocol")
 
@@ -2131,9 +2149,12 @@ def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
         )
     except (OSError, subprocess.SubprocessError) as error:
         name = os.fsdecode(arguments[0])
-        raise Error(
-            f"cannot run {name}: {socket_reason(error)}; it comes with the package {QEMU_PACKAGES}"
-        ) from error
+        why = reason(error)
+        if getattr(error, "filename", name) not in (name, arguments[0]):
+            why = f"{error.filename}: {why}"  # type: ignore[union-attr]  # it has one
+        elif isinstance(error, FileNotFoundError):
+            why += f"; it comes with the package {QEMU_PACKAGES}"
+        raise Error(f"cannot run {name}: {why}") from error
 
 
 def end_program(program: Any) -> str:
@@ -2838,10 +2859,16 @@ class Readers:
 
         if self._queue is None:
             self._queue = queue.Queue()
-        self._queue.put(ticket)
         if self._threads < self.count:
-            self._threads += 1
-            threading.Thread(target=self._run, daemon=True).start()
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._threads += 1
+            except RuntimeError:  # a limit of the system's
+                self.count = max(1, self._threads)
+        if self._threads:
+            self._queue.put(ticket)
+        else:
+            ticket.perform(self._scratch)
 
     def _run(self) -> None:
         # A signal that is caught is for the main thread, whose wait it interrupts.
@@ -3653,7 +3680,6 @@ class Output:
         self._channel_size = SOCKET_SIZE if is_local else 0
 
     def _look_at_pipe(self, is_text: bool) -> None:
-        import fcntl
 
         self._channel_size = 64 << 10
         if sys.platform.startswith("linux") and not is_text:
@@ -3786,9 +3812,6 @@ def see_reader_off(fd: int, is_socket: bool) -> None:
 
     As long as it reads, and END_TIMEOUT more.
     """
-    import fcntl
-    import select
-    import termios
 
     request = termios.TIOCOUTQ if is_socket else termios.FIONREAD
     poll = select.poll()
@@ -3854,7 +3877,6 @@ class OutputGuard:
         self._start = None  # type: Optional[int]  # offset of the image, if it can be asked
         if not self._is_on_disk:
             return
-        import fcntl
 
         if self._is_device and is_in_use(status.st_rdev):
             raise Error(
@@ -3900,19 +3922,23 @@ class OutputGuard:
 
     def refuse_if_named(self, name: str) -> None:
         """Raise Error if the output is the backing file that the image names."""
+        path = self.beside(name)
         with ignore_unavailable(), contextlib.suppress(ValueError):
-            if self._is_on_disk and file_identity(os.stat(self.beside(name))) == self._identity:
+            if path is not None and file_identity(os.stat(path)) == self._identity:
                 raise Error(
                     f"standard output is {quoted(name)} itself, the image's own backing file; "
                     "write the image elsewhere"
                 )
 
-    def beside(self, name: str) -> str:
-        """Where a relative name in the image leads, if Linux tells where the image will lie."""
-        folder = ""
+    def beside(self, name: str) -> Optional[str]:
+        """Where a name in the image leads; None if nobody knows where the image will lie."""
+        if os.path.isabs(name):
+            return name
         with ignore_unavailable():
-            folder = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
-        return os.path.join(folder, name)
+            if self._is_on_disk:
+                folder = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
+                return os.path.join(folder, name)
+        return None
 
     def refuse_if_disturbed(self) -> None:
         """Raise Error if somebody else has written to the file, or emptied it (`> FILE`)."""
@@ -3993,13 +4019,14 @@ def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
 
     fd      a descriptor of it: without one, its name in /dev is needed
     """
-    import fcntl
 
-    device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC) if fd is None else os.dup(fd)
+    # To close a descriptor of the output's would give up its lock.
+    device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
     try:
         answer = fcntl.ioctl(device, LOOP_GET_STATUS64, bytes(LOOP_INFO_SIZE))
     finally:
-        os.close(device)
+        if device != fd:
+            os.close(device)
     place, inode, number, start, limit = struct.unpack_from("5Q", answer)
     # number: of a device that is shown; of a file it is 0, or its file system's
     identity = (place, inode) if number in (0, place) else (number,)
@@ -4270,11 +4297,7 @@ class Piece(NamedTuple):
 
 
 def copy_data(
-    output: Output,
-    source: Source,
-    cluster_map: ClusterMap,
-    cluster_size: int,
-    readers: Readers,
+    output: Output, source: Source, cluster_map: ClusterMap, cluster_size: int, readers: Readers
 ) -> None:
     """Write the data clusters, in guest order.
 
@@ -4880,6 +4903,8 @@ class Opener:
         source = None
         if image.format == "qcow2":
             source = open_qcow2(name, watch, resources, snapshot)
+        if source is None and name.startswith(("/dev/fd/", "/dev/std", "/proc/self/")):
+            image = image._replace(name=os.path.realpath(name))  # what it is to other programs
         return source or open_with_qemu(image, watch, resources, self._options.object, snapshot)
 
     def changed_ranges(self, name: str, bitmap: str, size: int) -> Iterator[Range]:
@@ -5027,15 +5052,21 @@ def report_damage(sources: Sources) -> int:
     return status
 
 
-def warn_of_backing_file(path: str, fmt: str) -> None:
+def warn_of_backing_file(path: Optional[str], fmt: str) -> None:
     """Warn if what the image names is there, but not what it is said to be, or not whole."""
-    if not os.path.isfile(path) or fmt != "qcow2":
+    if path is None or not os.path.isfile(path):
         return
-    try:
-        with contextlib.ExitStack() as resources:
-            Qcow2Image(path, Watch(), resources).check_end()
-    except Error as error:
-        warn(f"the backing file is no whole qcow2 image now: {error}")
+    with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
+        try:
+            image = Qcow2Image(path, Watch(), resources)
+            if fmt == "raw":
+                warn(
+                    f"the backing file {quoted(path)} begins as a qcow2 image does; is it -F qcow2?"
+                )
+            image.check_end()
+        except Error as error:
+            if fmt == "qcow2":
+                warn(f"the backing file is no whole qcow2 image now: {error}")
 
 
 def measurement(plan: Plan, full: Plan, as_json: bool) -> bytes:
