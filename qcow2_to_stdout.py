@@ -296,23 +296,12 @@ SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being writt
 
 Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
 
-UNAVAILABLE = (  # errnos of a look at the system where it does not answer, or not us
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENODEV,
-    errno.ENXIO,
-    errno.ESRCH,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EINVAL,
-    errno.ENOTTY,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTCONN,
-    errno.ESTALE,
+# Errors of a look at the system where it does not answer, or not us.
+_UNAVAILABLE = (
+    "ENOENT ENOTDIR ENODEV ENXIO ESRCH EACCES EPERM EINVAL ENOTTY ENOSYS ENOTSUP ELOOP "
+    "ENAMETOOLONG ENOTCONN ESTALE"
 )
+UNAVAILABLE = [getattr(errno, name) for name in _UNAVAILABLE.split()]
 
 
 @contextlib.contextmanager
@@ -457,8 +446,6 @@ class DiskFile:
             # A partition and a mounted file system have memories of their own: what has been
             # read of this device before may be old by now.
             self.advise(0, 0, "DONTNEED")
-        if self.is_regular:
-            self._refuse_if_longer()
 
     def _refuse_unless_disk(self, mode: int) -> None:
         kinds = (
@@ -473,15 +460,6 @@ class DiskFile:
                 if is_kind is stat.S_ISFIFO:
                     hint = "; write it to a file first, or read raw data by --size SIZE - < FIFO"
                 raise Error(f"cannot read {self.label}: it is {kind}{hint}")
-
-    def _refuse_if_longer(self) -> None:
-        """Some file systems (procfs, sysfs) know no sizes."""
-        try:
-            is_longer = not self.size and os.pread(self.fd, 1, 0)
-        except OSError as error:
-            raise self.read_error(0, error) from error
-        if is_longer:
-            raise Error(f"cannot read {self.label}: it holds more than the 0 bytes that it has")
 
     def close(self) -> None:
         """Close the descriptor. That the file's server is gone has been said where it matters."""
@@ -2041,7 +2019,8 @@ QEMU_PACKAGES = "qemu-utils (Debian) or qemu-img (Fedora)"
 SOCKET_FOLDERS = ("/dev/shm", "/run", "/tmp")  # after $TMPDIR
 SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
 PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
-FORMATS_WITH_OFFSETS = ("qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in `qemu-img map`
+FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in map
+MAX_VMDK_DESCRIPTOR = 1 << 20  # bytes; QEMU reads no more either
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
 VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
 VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
@@ -2175,6 +2154,11 @@ def complaint(stderr: bytes) -> str:
     text = re.sub(r"^qemu-(img|nbd): ", "", text)
     if "lock" in text and "Failed to get" in text:
         text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
+    if "key-secret" in text:
+        text += (
+            "; name the key: --object secret,id=s,file=KEY --image-opts driver=qcow2,"
+            "encrypt.key-secret=s,file.filename=IMAGE"
+        )
     if "Unknown driver" in text:
         text += "; QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"
     return text
@@ -2265,63 +2249,151 @@ def start_qemu_nbd(
 
 
 class MappedSource(Source):
-    """A disk whose guest bytes lie in one file, at offsets that are known: 24 bytes an extent."""
+    """A disk whose guest bytes lie in files at offsets that are known: 24 bytes an extent."""
 
-    def __init__(self, size: int, watch: Watch, file: DiskFile) -> None:
+    def __init__(self, size: int, watch: Watch) -> None:
         super().__init__(size, watch)
-        self._file = file
-        self._shift = 0
-        self._starts, self._ends, self._offsets = array("Q"), array("Q"), array("Q")
+        self._rows = []  # type: List[Tuple[DiskFile, Any, Any, Any]]  # in guest order
+        self._place = (None, 0, 0)  # type: Tuple[Any, int, int]  # file, end, offset minus guest's
 
-    def add(self, start: int, end: int, offset: int) -> None:
-        """Append an extent. Raises Error if it does not lie within the file."""
+    def add(self, start: int, end: int, file: DiskFile, offset: int) -> None:
+        """Append an extent. Raises Error if its file ends before it: QEMU would read zeros."""
         end = min(end, self.size)
-        if offset + end - start > self._file.size:
-            raise self._file.ended_early(self._file.size)
-        if self._ends and (self._ends[-1], self._shift) == (start, offset - start):
-            self._ends[-1] = end
-            return
-        self._shift = offset - start
-        self._starts.append(start)
-        self._ends.append(end)
-        self._offsets.append(offset)
+        if offset + end - start > file.size:
+            raise file.ended_early(file.size)
+        if self._place == (file, start, offset - start):
+            self._rows[-1][2][-1] = end
+        else:
+            if self._place[0] is not file:
+                self._rows.append((file, array("Q"), array("Q"), array("Q")))
+            for row, value in zip(self._rows[-1][1:], (start, end, offset)):
+                row.append(value)
+        self._place = (file, end, offset - start)
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        file, stored = itertools.repeat(self._file), itertools.repeat(0)
-        return zip(self._starts, self._ends, file, self._offsets, stored)
+        for file, starts, ends, offsets in self._rows:
+            files, stored = itertools.repeat(file), itertools.repeat(0)
+            yield from zip(starts, ends, files, offsets, stored)
 
 
-def read_map(image: ImageName, file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]:
+class Member:
+    """An image in a chain, as `qemu-img info` describes it, and the files that hold its data.
+
+    files   (where in the guest's addresses each ends, the file), or empty where nobody knows
+    """
+
+    def __init__(self, info: Dict[str, Any], open_file: Callable[[str], DiskFile]) -> None:
+        self.info = info
+        self.format = info["format"]
+        self.details = info.get("format-specific", {}).get("data", {})
+        self.files = []  # type: List[Tuple[int, DiskFile]]
+        size = info["virtual-size"]
+        # A VMDK may have several, one after the other.
+        extents = self.details.get(
+            "extents", [{"filename": info["filename"], "virtual-size": size}]
+        )
+        names = [extent["filename"] for extent in extents]
+        if "data-file" in self.details:
+            return
+        if all(os.path.isfile(name) or is_block_device(name) for name in names):
+            ends = itertools.accumulate(extent["virtual-size"] for extent in extents)
+            self.files = list(zip(ends, map(open_file, names)))
+
+    def file_at(self, start: int) -> Optional[DiskFile]:
+        """The file that holds the guest's byte at an offset, if that is known."""
+        return next((file for end, file in self.files if start < end), None)
+
+    def refuse_misread(self, has_parent: bool) -> None:
+        """Raise Error if QEMU takes the image for less than it is.
+
+        It knows of no parents of a VHD, such as those that XenServer's and Hyper-V's snapshots
+        have, nor of a VMDK that does not name its file; it skips extents of a VMDK that are not
+        RW; and unless it knows the program that has made a VHD, it takes the size from the
+        geometry.
+        """
+        name, size = quoted(self.info["filename"]), self.info["virtual-size"]
+        if self.details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT and not has_parent:
+            raise Error(
+                f"{name} is a differencing VMDK that does not name its parent's file, and QEMU "
+                "would read zeros where that has data; merge them first"
+            )
+        if self.format not in ("vmdk", "vpc") or not os.path.isfile(self.info["filename"]):
+            return
+        with open(self.info["filename"], "rb") as image:
+            head = image.read(MAX_VMDK_DESCRIPTOR)
+            image.seek(-min(SECTOR_SIZE, len(head)), os.SEEK_END)
+            tail = image.read()
+        if self.format == "vmdk" and re.match(rb"\s*#\s*Disk\s*DescriptorFile", head, re.I):
+            extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", head, re.M)
+            whole = sum(map(int, extents)) * SECTOR_SIZE
+            if whole != size:
+                raise Error(
+                    f"{name} has extents of {whole} bytes, which QEMU would read as {size}: it "
+                    "skips one that is not RW, or takes one behind an empty line twice"
+                )
+        # Where it has a copy at the beginning, QEMU reads that.
+        footer = next((each for each in (head, tail) if each.startswith(b"conectix")), bytes(512))
+        creator, current_size, kind = struct.unpack_from(">28x4s16xQ4xI", footer)
+        if kind == 4 and self.format == "vpc":
+            raise Error(
+                f"{name} is a differencing VHD, and QEMU would read zeros where its parent has "
+                "data; merge them first, or export the device that XenServer or Hyper-V makes of "
+                "them"
+            )
+        if self.format == "vpc" and current_size > size and creator not in (b"vpc ", b"qemu"):
+            raise Error(
+                f"{name} has a disk of {current_size} bytes, of which QEMU would read {size}; "
+                "convert it to another format with the program that made it"
+            )
+
+
+def read_map(
+    image: ImageName, objects: Sequence[str], members: Sequence[Member], watch: Watch
+) -> Optional[MappedSource]:
     """The disk where `qemu-img map` says that it is; None if QEMU must read some of it.
 
-    Raises Error if the file ends before its data: QEMU would read zeros there.
+    Raises Error if a file ends before its data.
     """
-    source = MappedSource(size, watch, file)
-    end = 0
-    with contextlib.closing(run_qemu_img([b"map"], image, ())) as lines:
+    size = members[0].info["virtual-size"]
+    source = MappedSource(size, watch)
+    is_known = all(
+        member.format in FORMATS_WITH_OFFSETS and not member.info.get("encrypted")
+        for member in members
+    )
+    position = 0
+    with contextlib.closing(run_qemu_img([b"map"], image, objects)) as lines:
         for line in lines:
             text = line.strip(b"[], \r\n")  # a list, an entry a line: no text is kept of it
             if not text:
                 continue
-            entry = parse_json(text, image, "start", "length", "data", "zero")
-            start, end = entry["start"], entry["start"] + entry["length"]
-            if entry["data"] and "offset" in entry and not entry.get("compressed"):
-                source.add(start, end, entry["offset"])
-            elif not entry["zero"]:
-                return None
-    if end != size:
-        raise Error(f"cannot open {quoted(image.name)}: qemu-img maps {end} of its {size} bytes")
-    return source
+            entry = parse_json(text, image, "start", "length", "depth", "data", "zero")
+            start, length, depth = entry["start"], entry["length"], entry["depth"]
+            position = start + length
+            if not entry["data"] or entry.get("compressed") or "offset" not in entry:
+                is_known = is_known and entry["zero"]
+                continue
+            file = members[depth].file_at(start) if depth < len(members) else None
+            if file is None:
+                is_known = False
+                continue
+            behind = entry["offset"] + length - file.size
+            if members[depth].format == "raw" and 0 < behind < SECTOR_SIZE:
+                length -= behind  # QEMU counts its last sector as whole
+            source.add(start, start + length, file, entry["offset"])
+    if position != size:
+        raise Error(f"cannot open {quoted(image.name)}: qemu-img maps {position} of {size} bytes")
+    return source if is_known else None
 
 
 def parse_json(text: bytes, image: ImageName, *keys: str) -> Any:
-    """An object, or a list of them, that qemu-img has printed. Raises Error if it is neither."""
+    """What qemu-img has printed, an object or a list of them. Raises Error if keys are missing."""
     import json
 
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         answer = json.loads(text.decode("utf-8", "surrogateescape"))
-        if all(each.keys() >= set(keys) for each in (answer if keys[1:] == () else [answer])):
+        found = answer if isinstance(answer, list) else [answer]
+        if found and all(each.keys() >= set(keys) for each in found):
             return answer
     raise Error(
         f"cannot open {quoted(image.name)}: qemu-img does not print the JSON that it should"
@@ -2348,7 +2420,7 @@ def read_vhdx(file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]
     ]
     block_size, sector_size = numbers
     blocks_per_bitmap = (sector_size << 23) // block_size
-    source = MappedSource(size, watch, file)
+    source = MappedSource(size, watch)
     for first in range(0, div_up(size, block_size), blocks_per_bitmap):
         # Each of these groups is followed by the entry of a sector bitmap, which is not used.
         count = min(blocks_per_bitmap, div_up(size, block_size) - first)
@@ -2358,44 +2430,10 @@ def read_vhdx(file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]
             state, offset = entry & 7, entry >> 20 << 20
             if state == VHDX_PRESENT:
                 start = index * block_size
-                source.add(start, start + block_size, offset)
+                source.add(start, start + block_size, file, offset)
             elif state not in VHDX_NO_DATA:
                 return None
     return source
-
-
-def refuse_misread(file: DiskFile, chain: Sequence[Dict[str, Any]]) -> None:
-    """Raise Error if QEMU takes an image for less than it is.
-
-    It knows of no parents of a VHD, such as those that XenServer's and Hyper-V's snapshots have,
-    nor of a VMDK that does not name its file; and unless it knows the program that has made a
-    VHD, it takes the size from the geometry.
-
-    chain   what qemu-img says of the image and of what is below it
-    """
-    details = chain[0].get("format-specific", {}).get("data", {})
-    if details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT and not chain[1:]:
-        raise Error(
-            f"{file.label} is a differencing VMDK that does not name its parent's file, and QEMU "
-            "would read zeros where that has data; merge them first"
-        )
-    if chain[0]["format"] != "vpc" or file.size < SECTOR_SIZE:
-        return
-    # Where it has a copy at the beginning, QEMU reads that.
-    footers = (file.read(at, SECTOR_SIZE) for at in (0, file.size - SECTOR_SIZE))
-    footer = next((each for each in footers if each.startswith(b"conectix")), bytes(SECTOR_SIZE))
-    creator, current_size, kind = struct.unpack_from(">28x4s16xQ4xI", footer)
-    if kind == 4:
-        raise Error(
-            f"{file.label} is a differencing VHD, and QEMU would read zeros where its parent has "
-            "data; merge them first, or export the device that XenServer or Hyper-V makes of them"
-        )
-    size = chain[0]["virtual-size"]
-    if current_size > size and creator not in (b"vpc ", b"qemu"):
-        raise Error(
-            f"{file.label} has a disk of {current_size} bytes, of which QEMU would read {size}; "
-            "convert it to another format with the program that made it"
-        )
 
 
 def open_with_qemu(
@@ -2407,42 +2445,43 @@ def open_with_qemu(
 ) -> Source:
     """Open a disk in any format that QEMU knows. To be called by the main thread.
 
+    Where the offsets of all its data are known, it is read there; else by a qemu-nbd of our own.
+
     objects     definitions for QEMU's --object
     snapshot    the name or ID of an internal snapshot
 
     Raises Error if QEMU can't open it, or would read less than it holds.
     """
+    opened = {}  # type: Dict[str, DiskFile]
+
+    def open_file(name: str) -> DiskFile:
+        if name not in opened:
+            opened[name] = DiskFile(name, watch)
+            resources.callback(opened[name].close)
+        return opened[name]
+
+    if not image.is_options:  # watched before anything is learned of it
+        open_file(image.name)
+    text = b"".join(run_qemu_img([b"info", b"--backing-chain"], image, objects, NBD_TIMEOUT))
+    infos = parse_json(text, image, "format", "filename", "virtual-size")
     if not image.is_options:
-        # Watched before anything is learned of it, so that a change from now on is seen.
-        file = DiskFile(image.name, watch)
-        resources.callback(file.close)
-        info = run_qemu_img([b"info", b"--backing-chain"], image, objects, NBD_TIMEOUT)
-        chain = parse_json(b"".join(info), image, "format")
-        top = chain[0]
-        refuse_misread(file, chain)
-        extents = top.get("format-specific", {}).get("data", {}).get("extents", [])
-        source = None
-        if len(chain) == 1 and len(extents) <= 1 and not objects:
-            if top["format"] == "vhdx":
-                source = read_vhdx(file, top["virtual-size"], watch)
-            elif top["format"] in FORMATS_WITH_OFFSETS and not is_elsewhere(extents, file):
-                source = read_map(image, file, top["virtual-size"], watch)
-        if source:
-            return source
-    arguments = image.arguments(objects)
-    if snapshot is not None:
-        arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
-    export, pid = start_qemu_nbd(arguments, quoted(image.name), resources)
-    watch_process(pid, watch, resources)
-    return RawSource(export, watch)
-
-
-def is_elsewhere(extents: Sequence[Dict[str, Any]], file: DiskFile) -> bool:
-    """Whether a VMDK's only extent is another file than that which names it."""
-    try:
-        return any(file_identity(os.stat(each["filename"])) != file.identity for each in extents)
-    except (OSError, ValueError, KeyError):
-        return True
+        infos[0]["filename"] = image.name  # which qemu-img may not be able to print
+    members = [Member(info, open_file) for info in infos]
+    for depth, member in enumerate(members):
+        member.refuse_misread(has_parent=depth + 1 < len(members))
+    source = None  # type: Optional[Source]
+    if members[0].format == "vhdx" and not image.is_options:
+        source = read_vhdx(opened[image.name], infos[0]["virtual-size"], watch)
+    elif snapshot is None:
+        source = read_map(image, objects, members, watch)
+    if source is None or image.is_options:
+        arguments = image.arguments(objects)
+        if snapshot is not None:
+            arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
+        export, pid = start_qemu_nbd(arguments, quoted(image.name), resources)
+        watch_process(pid, watch, resources)
+        source = RawSource(export, watch)
+    return source
 
 
 def watch_process(pid: int, watch: Watch, resources: contextlib.ExitStack) -> None:
