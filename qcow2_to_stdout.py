@@ -1073,7 +1073,8 @@ class Qcow2Image:
         kind = header["compression_type"] if header["header_length"] > 104 else 0
         if bool(kind) != bool(features & INCOMPATIBLE_COMPRESSION):
             raise self.corrupt("a compression type that its features don't match")
-        if features & ~known or header["crypt_method"] or kind > 1 or (kind and not has_zstd()):
+        self.is_encrypted = bool(header["crypt_method"])
+        if features & ~known or kind > 1 or (kind and not has_zstd()):
             raise NeedsQemu()
         if self._is_extended and self.cluster_size < 16 << 10:
             raise self.corrupt("subclusters of less than a sector")
@@ -1409,6 +1410,8 @@ def open_qcow2(
         try:
             image = Qcow2Image(path, watch, resources, None if members else snapshot)
         except NeedsQemu:
+            return None
+        if image.is_encrypted:
             return None
         if image.identity in [member.identity for member in members]:
             raise Error(f"the chain of {members[0].file.label} contains {image.file.label} twice")
@@ -2285,14 +2288,13 @@ class Member:
 
     def __init__(self, info: Dict[str, Any], open_file: Callable[[str], DiskFile]) -> None:
         self.info = info
+        self._name = local_name(info["filename"])
         self.format = info["format"]
         self.details = info.get("format-specific", {}).get("data", {})
         self.files = []  # type: List[Tuple[int, DiskFile]]
         size = info["virtual-size"]
         # A VMDK may have several, one after the other.
-        extents = self.details.get(
-            "extents", [{"filename": info["filename"], "virtual-size": size}]
-        )
+        extents = self.details.get("extents", [{"filename": self._name, "virtual-size": size}])
         names = [extent["filename"] for extent in extents]
         if "data-file" in self.details:
             return
@@ -2312,15 +2314,22 @@ class Member:
         RW; and unless it knows the program that has made a VHD, it takes the size from the
         geometry.
         """
-        name, size = quoted(self.info["filename"]), self.info["virtual-size"]
+        name, size = quoted(self._name), self.info["virtual-size"]
         if self.details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT and not has_parent:
             raise Error(
                 f"{name} is a differencing VMDK that does not name its parent's file, and QEMU "
                 "would read zeros where that has data; merge them first"
             )
-        if self.format not in ("vmdk", "vpc") or not os.path.isfile(self.info["filename"]):
+        if not os.path.isfile(self._name):
             return
-        with open(self.info["filename"], "rb") as image:
+        if self.info.get("encrypted") and self.format == "qcow2":
+            with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
+                qcow2 = Qcow2Image(self._name, Watch(), resources)
+                for _ in qcow2.runs(0, qcow2.size):  # of which qemu-img map knows nothing
+                    pass
+        if self.format not in ("vmdk", "vpc"):
+            return
+        with open(self._name, "rb") as image:
             head = image.read(MAX_VMDK_DESCRIPTOR)
             image.seek(-min(SECTOR_SIZE, len(head)), os.SEEK_END)
             tail = image.read()
@@ -2346,6 +2355,16 @@ class Member:
                 f"{name} has a disk of {current_size} bytes, of which QEMU would read {size}; "
                 "convert it to another format with the program that made it"
             )
+
+
+def local_name(name: str) -> str:
+    """The file that QEMU's name of an image in JSON means; any other name as it is."""
+    import json
+
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        if name.startswith("json:"):
+            return str(json.loads(name[len("json:") :])["file"]["filename"])
+    return name
 
 
 def read_map(
@@ -2481,6 +2500,9 @@ def open_with_qemu(
         export, pid = start_qemu_nbd(arguments, quoted(image.name), resources)
         watch_process(pid, watch, resources)
         source = RawSource(export, watch)
+    for name, file in opened.items():
+        if file_identity(os.stat(name)) != file.identity:
+            raise Error(f"{quoted(name)} was replaced while it was opened; run the program again")
     return source
 
 

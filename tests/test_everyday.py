@@ -438,7 +438,7 @@ STREAM_MISUSE = [
     (["disk.raw", "--size", "1M"], "--size"),
     (["-", "--size", "1M", "--diff", "disk.raw"], "--diff"),
     (["-", "--size", "1M", "--layout", "-"], "both"),
-    (["-", "--size", "1M", "-f", "qcow2"], "--format"),
+    (["-", "--size", "1M", "-f", "qcow2"], "qcow2 must be read here and there"),
     (["-", "--size", "1M", "-d"], "--data-file"),
     (["-", "--size", "1M", "-R"], "--data-file"),
 ]

@@ -202,9 +202,9 @@ def test_nonsense_is_refused_by_its_entry(dense: Path, case: str, options: List[
     assert len(result.stderr) < 400
 
 
-def test_a_layout_without_an_end(dense: Path) -> None:
+def test_a_layout_that_is_no_text(dense: Path) -> None:
     result = run(dense, "--layout", "/dev/zero")
-    assert_refused(result, "/dev/zero", "longer than")
+    assert_refused(result, "/dev/zero", "not a JSON list")
 
 
 def test_a_layout_that_is_not_there(dense: Path, tmp_path: Path) -> None:
@@ -217,8 +217,7 @@ CONTRADICTIONS = [
     (["--diff", "D", "-d"], "--data-file"),
     (["--diff", "D", "--layout", "L"], "one of them"),
     (["--layout", "L", "-R"], "--layout"),
-    (["--trust-layout"], "--trust-layout"),
-    (["-b", "N", "-F", "raw"], "--diff or --layout"),
+    (["-b", "N", "-F", "raw"], "--diff, --bitmap or --layout"),
     (["-b", "N", "--diff", "D"], "--backing-format"),
     (["-F", "raw"], "--backing-file"),
     (["-F", "raw", "--diff", "D"], "--backing-file"),

@@ -13,8 +13,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import pytest
 from conftest import needs, remove_partition
 from support.disks import noise, write_disk
-from support.fuse import FuseDisk
-from support.program import PROGRAM, Result, assert_refused, command, run, stream
+from support.program import PROGRAM, Result, assert_refused, assert_warned, command, run, stream
 
 import qcow2_to_stdout
 
@@ -206,10 +205,10 @@ def test_an_output_that_the_input_lies_on_where_little_is_told(
     assert disk.read_bytes() == before
 
 
-def test_a_device_of_which_nobody_tells_what_it_is_part_of(
+def test_from_one_device_to_another_where_nobody_tells_what_they_are_part_of(
     disk: Path, loop_device: Callable[..., str]
 ) -> None:
-    """A rescue system or a chroot may lack /sys, where a partition's disk is named."""
+    """A rescue system or a chroot may lack /sys: an ordinary place, which refuses nothing."""
     whole = loop_device(write_disk(disk.with_name("whole"), 8 << 20))
     other = loop_device(disk)
     hidden = 'mount -t tmpfs none /sys; exec "$@"'
@@ -221,9 +220,10 @@ def test_a_device_of_which_nobody_tells_what_it_is_part_of(
             text=True,
             check=False,
         )
-    assert_refused(Result(done.returncode, b"", done.stderr), "mount /sys")
+    assert (done.returncode, done.stderr) == (0, "")
+    image = stream(other)
     with open(whole, "rb") as written:
-        assert not any(written.read())
+        assert written.read(len(image)) == image
 
 
 @pytest.mark.parametrize("error", ["ENFILE", "ENOMEM", "EIO"])
@@ -267,7 +267,14 @@ def test_an_output_on_the_other_side_of_a_file_system(
             done = subprocess.run(
                 command(source), stdout=out, stderr=subprocess.PIPE, text=True, check=False
             )
-        assert (done.returncode, "lies on it" in done.stderr) == (1, True), done.stderr
+        why = (
+            "grow into what is read"
+            if target != under
+            else "in use"
+            if below == "device"
+            else ("overwritten")
+        )
+        assert_refused(Result(done.returncode, b"", done.stderr), why)
     with open(folder / "size", "wb") as out:  # some text does no harm
         subprocess.run(command("--measure", under), stdout=out, check=True)
     with open(folder / "image", "wb") as out:  # beside the disk there is room
@@ -284,15 +291,6 @@ def test_an_output_that_is_mounted(mounted: Tuple[str, Path], disk: Path, tmp_pa
         )
     assert_refused(Result(done.returncode, b"", done.stderr), "a device in use", "mounted")
     assert (tmp_path / "file-system").read_bytes() == before
-
-
-def test_a_fifo_that_is_opened_for_reading_as_well(disk: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    with open(os.open(tmp_path / "fifo", os.O_RDWR), "wb") as out:
-        done = subprocess.run(
-            command(disk), stdout=out, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert_refused(Result(done.returncode, b"", done.stderr), "FIFO", "instead of <>")
 
 
 def test_from_one_partition_to_another(disk: Path, loop_device: Callable[..., str]) -> None:
@@ -387,14 +385,6 @@ def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> 
     stream(*options, "--diff-format", "qcow2")
 
 
-def test_a_disk_compared_with_itself_for_an_overlay(disk: Path, tmp_path: Path) -> None:
-    """A name that was left as it was: the overlay would show the backing file alone."""
-    (tmp_path / "link").symlink_to(disk)
-    for base in (disk, tmp_path / "link"):
-        result = run(disk, "--diff", base, "-b", "monday.qcow2", "-F", "qcow2")
-        assert_refused(result, "the same disk")
-
-
 def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
     """What driver= says of INPUT says nothing of BASE."""
     options = [
@@ -422,67 +412,19 @@ def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name
         assert monday.read_bytes() == before
 
 
-@pytest.mark.parametrize("way", ["device to file", "file to device", "device to device"])
-def test_an_output_that_its_own_backing_file_lies_on(
-    disk: Path, tmp_path: Path, loop_device: Callable[..., str], way: str
-) -> None:
-    monday = tmp_path / "monday.qcow2"
-    monday.write_bytes(stream(disk))
-    before = monday.read_bytes()
-    source, _, target = way.split()
-    name = loop_device(monday) if source == "device" else str(monday)
-    with open(loop_device(monday) if target == "device" else monday, "r+b") as out:
-        words = command(str(disk), "--diff", str(copied(disk)), "-b", name, "-F", "qcow2")
-        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, b"own backing file" in done.stderr) == (1, True)
-    assert monday.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sunday.qcow2",
-        "ABSOLUTE",
-        "file:ABSOLUTE",
-        'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "ABSOLUTE"}}',
-        "json:{'driver': 'qcow2', 'file.filename': 'ABSOLUTE'}",
-    ],
-)
-def test_an_output_that_its_own_backing_file_stands_on(
-    disk: Path, tmp_path: Path, loop_device: Callable[..., str], name: str
-) -> None:
-    """The device holds the image on which the backing file is an overlay, or that one itself."""
-    sunday, monday = tmp_path / "sunday.qcow2", tmp_path / "monday.qcow2"
-    sunday.write_bytes(stream(disk))
-    before = sunday.read_bytes()
-    options = ["--layout", "-", "-F", "qcow2", "-b"]
-    below = name.replace("ABSOLUTE", str(sunday))
-    monday.write_bytes(stream(disk, *options, below, stdin=b"[]"))
-    device = loop_device(sunday)
-    for backing_file in (str(monday), below if ":" in below else f"host_device:{device}"):
-        with open(device, "r+b") as out:
-            done = subprocess.run(
-                command(disk, *options, backing_file),
-                input=b"[]",
-                stdout=out,
-                stderr=subprocess.PIPE,
-                check=False,
-            )
-        assert (done.returncode, b"own backing file" in done.stderr) == (1, True), backing_file
-        assert sunday.read_bytes() == before
-
-
 @pytest.mark.parametrize("content", [b"", b"no image"])
-def test_a_backing_file_of_a_failed_run(disk: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_backing_file_of_a_failed_run_is_warned_of(
+    disk: Path, tmp_path: Path, content: bytes
+) -> None:
+    """It may become whole yet. The image's folder is where its name leads to."""
     (tmp_path / "monday.qcow2").write_bytes(content)
     options = ["--layout", "-", "-F", "qcow2", "-b"]
-    with open(tmp_path / "tuesday.qcow2", "wb") as out:  # its folder is where the name leads to
+    with open(tmp_path / "tuesday.qcow2", "wb") as out:
         words = command(disk, *options, "monday.qcow2")
         done = subprocess.run(words, input=b"[]", stdout=out, stderr=subprocess.PIPE, check=False)
-    assert_refused(Result(done.returncode, b"", done.stderr.decode()), "is no qcow2 image")
-    assert (tmp_path / "tuesday.qcow2").read_bytes() == b""
+    assert_warned(Result(done.returncode, b"", done.stderr.decode()), "backing file")
     absolute = run(disk, *options, f"{tmp_path}/monday.qcow2", stdin=b"[]")
-    assert_refused(absolute, "is no qcow2 image")
+    assert_warned(absolute, "monday.qcow2")
     stream(disk, *options, "monday.qcow2", cwd=tmp_path, stdin=b"[]")  # who knows which one
 
 
@@ -514,7 +456,7 @@ def test_an_input_that_the_shell_has_emptied(disk: Path) -> None:
     assert_refused(Result(done.returncode, b"", done.stderr), "itself", "emptied")
 
 
-@pytest.mark.parametrize("name", ["rbd:rbd/vm@monday", "nbd+unix:///vm?socket=x", "json:{}"])
+@pytest.mark.parametrize("name", ["rbd:rbd/vm@monday", "json:{}"])
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 def test_the_address_of_a_remote_disk(tmp_path: Path, name: str, fmt: str) -> None:
     assert_refused(run("-f", fmt, name, cwd=tmp_path), name, "--image-opts")
@@ -531,7 +473,7 @@ def test_a_base_that_is_not_of_the_inputs_format(disk: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("compat", ["1.1", "0.10"])
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
-def test_a_backing_file_of_a_run_that_broke_off(
+def test_a_backing_file_of_a_run_that_broke_off_is_warned_of(
     tmp_path: Path, compat: str, cluster_size: int
 ) -> None:
     """Its header and its tables say that all is there."""
@@ -544,18 +486,7 @@ def test_a_backing_file_of_a_run_that_broke_off(
     size = monday.stat().st_size
     for left in (size - 1, size - cluster_size, size // 2, 5 * cluster_size, cluster_size, 80, 50):
         os.truncate(monday, left)
-        assert_refused(run(disk, *options, stdin=b"[]"), "monday.qcow2", "is truncated")
-
-
-def test_backing_files_in_a_ring(disk: Path, tmp_path: Path) -> None:
-    """Somebody else's mistake, and no reason to look for its end."""
-    options = ["--layout", "-", "-F", "qcow2", "-b"]
-    for name, other in (("a", "b"), ("b", "a")):
-        image = stream(disk, *options, f"{other}.qcow2", stdin=b"[]")
-        (tmp_path / f"{name}.qcow2").write_bytes(image)
-    with open(tmp_path / "c.qcow2", "wb") as out:
-        words = command(disk, *options, "a.qcow2")
-        subprocess.run(words, input=b"[]", stdout=out, cwd=tmp_path, check=True)
+        assert_warned(run(disk, *options, stdin=b"[]"), "monday.qcow2")
 
 
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
@@ -569,13 +500,6 @@ def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_hides_its_content() -> None:
     assert_refused(run("/proc/sys/kernel/hostname"), "hostname", "more than the 0 bytes")
-
-
-def test_a_file_that_holds_more_than_it_says(
-    disk: Path, fuse_disk: Callable[..., FuseDisk]
-) -> None:
-    shown = fuse_disk(disk, size=4096, direct=True).path
-    assert_refused(run(shown), str(shown), "more than the 4096 bytes")
 
 
 def huge(tmp_path: Path, size: int) -> Path:

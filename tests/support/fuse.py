@@ -27,6 +27,7 @@ class FuseDisk:
     short         reads return at most so many bytes and then less than asked for
     direct        reads bypass the page cache, so that each is seen
     count         keep a log of the reads
+    one_stream    one read at a time; one that does not go on where the last has ended is a seek
     read_only     so mounted: no read changes a time of access, of which the kernel would ask
     attr_timeout  seconds for which the kernel need not ask for size and times again, as a network
                   file system's does not
@@ -59,6 +60,14 @@ class FuseDisk:
         lines = self._log.read_text().splitlines()
         return [(int(a), int(b)) for a, b in (line.split() for line in lines)]
 
+    def seeks(self) -> int:
+        """How often a counted read did not go on where the one before had ended."""
+        position = found = 0
+        for offset, length in self.reads():
+            found += offset != position
+            position = offset + length
+        return found
+
     def kill(self) -> None:
         """Take the source away."""
         self.server.kill()
@@ -82,7 +91,8 @@ def serve(options: argparse.Namespace) -> None:
 
         def __init__(self) -> None:
             self.fd = os.open(options.file, os.O_RDONLY)
-            self.guard = threading.Lock()
+            self.guard, self.stream = threading.Lock(), threading.Lock()
+            self.position = 0
             self.log = open(options.log, "a", buffering=1) if options.count else None  # noqa: SIM115  # open as long as the server runs
             self.seen = 0
 
@@ -119,6 +129,10 @@ def serve(options: argparse.Namespace) -> None:
                     self.log.write(f"{offset} {size}\n")
             if options.latency:
                 time.sleep(options.latency)
+            if options.one_stream:
+                with self.stream:
+                    time.sleep(0.001 if offset == self.position else 0.01)
+                    self.position = offset + size
             touched = options.error_at is not None and offset <= options.error_at < offset + size
             if touched and seen > options.error_after:
                 raise mfusepy.FuseOSError(getattr(errno, options.error))
@@ -150,6 +164,7 @@ if __name__ == "__main__":
     parser.add_argument("--short", type=int, default=0)
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--one-stream", action="store_true")
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--attr-timeout", type=float, default=1)
     serve(parser.parse_args())

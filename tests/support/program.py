@@ -109,3 +109,12 @@ def assert_failed(result: Result, *words: str, status: int = 1) -> None:
     assert result.stderr.endswith("\n")
     for word in words:
         assert word in result.stderr, (word, result.stderr)
+
+
+def assert_warned(result: Result, *words: str) -> None:
+    """Exit status 0, and one line on stderr that is a warning with these words in it."""
+    assert result.status == 0, result.stderr
+    assert result.stderr.startswith("qcow2_to_stdout.py: warning: "), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)
