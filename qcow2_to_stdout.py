@@ -1459,8 +1459,8 @@ NBD_REFUSALS = {  # what the errors of a negotiation mean; some servers have no 
 NBD_PORT = 10809
 NBD_TIMEOUT = 60  # seconds until an image or an export must be open: it may be far away
 NBD_BUFFER_SIZE = 64 << 10  # bytes; a dozen heads arrive in one call
-NBD_READ_SIZE = 2 << 20  # bytes of a request: a larger one would not be faster
-NBD_HEADS = 32  # heads in flight: twice of what qemu-nbd works at
+NBD_READ_SIZE = 512 << 10  # bytes of a request: larger ones are slower with several readers
+NBD_HEADS = 64  # heads in flight, for a server that is far away
 MAX_NBD_READ = 32 << 20  # bytes that a server must take if it names no limit
 MAX_NBD_MIN_BLOCK = 64 << 10
 MAX_NBD_STATUS = (1 << 32) - MAX_NBD_MIN_BLOCK  # bytes of a request for block status
@@ -1530,7 +1530,11 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
 
 def socket_reason(error: Exception) -> str:
     """What went wrong with a connection: names and TLS have error numbers of their own."""
-    text = getattr(error, "strerror", None) or str(error) or "it breaks the protocol"
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, struct.error):
+        return "the server breaks the protocol"
+    if text == "timed out":
+        return f"the server does not answer within {NBD_TIMEOUT} seconds"
     return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)", "", quoted(text)[1:-1])
 
 
@@ -1550,6 +1554,11 @@ def start_tls(sock: Any, address: NbdAddress) -> Any:
             context.load_cert_chain(names[0], names[1], lambda: b"")  # else it asks the terminal
     context.check_hostname = address.socket is None
     return context.wrap_socket(sock, server_hostname=None if address.socket else address.host)
+
+
+def error_text(number: int) -> str:
+    """What a server's error number means: the protocol's are Linux's."""
+    return os.strerror(number) if number < 1 << 12 else f"error {number}"
 
 
 class NbdHandshake:
@@ -1946,7 +1955,7 @@ class NbdExport:
             is_done = True
             number = high << 16 | low
             if number:
-                request.error = (number, os.strerror(number), request.offset)
+                request.error = (number, error_text(number), request.offset)
             elif not shake.is_structured:
                 shake.receive_into(request.place(request.offset, request.length))
         elif magic == NBD_STRUCTURED_REPLY_MAGIC and shake.is_structured:
@@ -1983,7 +1992,7 @@ class NbdExport:
             offset = request.offset
             if kind == NBD_REPLY_ERROR_OFFSET:
                 (offset,) = struct.unpack_from(">Q", payload, 6 + size)
-            text = os.strerror(number) + (f" ({text})" if text else "")
+            text = error_text(number) + (f" ({text})" if text else "")
             request.error = (number, text, offset)
         elif kind != NBD_REPLY_NONE:
             raise ValueError("the server breaks the protocol")
@@ -2044,50 +2053,22 @@ class ImageName(NamedTuple):
     is_options: bool
 
     def arguments(self, objects: Sequence[str]) -> List[bytes]:
-        """What names it to qemu-img and qemu-nbd: after a lock that stops no virtual machine.
-
-        A file's name goes into JSON, so that no character of it means anything.
-        """
-        arguments = []  # type: List[bytes]
+        """What names it to qemu-img and qemu-nbd: after a lock that stops no virtual machine."""
+        options = self.name
+        if not self.is_options:
+            driver = "host_device" if is_block_device(self.name) else "file"
+            name = self.name.replace(",", ",,")
+            options = f"driver={self.format},file.driver={driver},file.filename={name}"
+        arguments = [b"--image-opts", os.fsencode(options + ",force-share=on")]
         for definition in objects:
             arguments += [b"--object", os.fsencode(definition)]
-        if self.is_options:
-            return [*arguments, b"--image-opts", os.fsencode(self.name + ",force-share=on")]
-        import json
-
-        # What is before a colon would be a protocol in the names of files beside it.
-        name = "./" + self.name if re.match("[^/]*:", self.name) else self.name
-        driver = "host_device" if is_block_device(name) else "file"
-        node = {
-            "driver": self.format,
-            "file": {"driver": driver, "filename": name},
-            "force-share": True,
-        }
-        return [*arguments, b"json:" + os.fsencode(json.dumps(node, ensure_ascii=False))]
-
-
-def option_values(options: str) -> List[Tuple[str, str]]:
-    """The keys and values of a QEMU option string, as its programs read it.
-
-    A comma in a value is doubled. A key alone is a flag: "on", and with "no" before it "off".
-    """
-    pairs = []
-    for part in filter(None, re.findall(r"((?:[^,]|,,)*)(?:,|\Z)", options)):
-        key, is_set, value = part.partition("=")
-        if not is_set:
-            is_off = key.startswith("no")
-            key, value = (key[2:], "off") if is_off else (key, "on")
-        pairs.append((key, value.replace(",,", ",")))
-    return pairs
+        return arguments
 
 
 def opens_for_writing(options: str) -> bool:
     """Whether a QEMU option string asks for a disk that can be written to, wherever in it."""
-    return any(
-        (key.split(".")[-1] == "read-only" and value not in ("on", "yes", "true", "y"))
-        or (value.startswith("json:") and "read-only" in value)
-        for key, value in option_values(options)
-    )
+    flag, value = r"(^|,)no[\w.]*read-only(,|$)", r"read-only(=|\W+)(off|no|false|n)\b"
+    return re.search(f"{flag}|{value}", options) is not None
 
 
 def is_block_device(name: str) -> bool:
@@ -2327,6 +2308,8 @@ class Member:
                 qcow2 = Qcow2Image(self._name, Watch(), resources)
                 for _ in qcow2.runs(0, qcow2.size):  # of which qemu-img map knows nothing
                     pass
+        if self.format == "qcow":
+            refuse_if_qcow_tables_are_missing(self.files[0][1])
         if self.format not in ("vmdk", "vpc"):
             return
         with open(self._name, "rb") as image:
@@ -2355,6 +2338,20 @@ class Member:
                 f"{name} has a disk of {current_size} bytes, of which QEMU would read {size}; "
                 "convert it to another format with the program that made it"
             )
+
+
+def refuse_if_qcow_tables_are_missing(file: DiskFile) -> None:
+    """Raise Error if a qcow image (version 1) ends before its L1 or one of its L2 tables.
+
+    QEMU would take what is missing for clusters that were never written.
+    """
+    size, cluster_bits, l2_bits, offset = struct.unpack(">24xQBB6xQ", file.read(0, 48))
+    count = min(div_up(size, 1 << cluster_bits + l2_bits), MAX_L1_BYTES // ENTRY_SIZE)
+    if offset + count * ENTRY_SIZE > file.size:
+        raise file.ended_early(file.size)
+    last = max(unpack_entries(file.read(offset, count * ENTRY_SIZE)), default=0) & ~OFLAG_COPIED
+    if last and last + (ENTRY_SIZE << l2_bits) > file.size:
+        raise file.ended_early(file.size)
 
 
 def local_name(name: str) -> str:
