@@ -31,6 +31,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import bisect
 import collections
 import contextlib
 import errno
@@ -95,9 +96,13 @@ def reason(error: Exception) -> str:
 MAGIC = b"QFI\xfb"  # the first bytes of an image
 SECTOR_SIZE = 512  # QEMU counts virtual sizes in these
 DEFAULT_CLUSTER_SIZE = 64 << 10
+MIN_EXTENDED_CLUSTER_SIZE = 16 << 10  # with extended L2 entries: 32 subclusters of a sector
 CLUSTER_SIZES = tuple(1 << bits for bits in range(9, 22))
 REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
+EXTENDED_ENTRY_SIZE = 16  # bytes of an extended L2 entry
+ALL_SUBCLUSTERS = (1 << 32) - 1  # of an extended L2 entry's bitmap: allocated; << 32: zeros
+COMPRESSION_TYPES = {"zlib": 0, "zstd": 1}
 
 OFFSET_MASK = (1 << 56) - (1 << 9)  # the bits of an entry that hold a host offset
 OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
@@ -274,6 +279,45 @@ def refcount_ones(count: int, refcount_bits: int) -> bytes:
     return bytes((full_byte,)) * whole + tail
 
 
+def pack_refcounts(counts: Iterable[int], refcount_bits: int) -> bytes:
+    """Refcounts of any value; sub-byte ones fill a byte from its least significant bit."""
+    if refcount_bits >= 8:
+        entries = array({8: "B", 16: "H", 32: "I", 64: "Q"}[refcount_bits], counts)
+        if sys.byteorder == "little":
+            entries.byteswap()
+        return entries.tobytes()
+    shifts = range(0, 8, refcount_bits)
+    rows = [iter(bytes(counts))] * len(shifts)
+    groups = itertools.zip_longest(*rows, fillvalue=0)
+    return bytes(sum(map(operator.lshift, group, shifts)) for group in groups)
+
+
+def compressed_offset_bits(cluster_size: int) -> int:
+    """How many bits of a compressed cluster descriptor hold the host offset."""
+    return 71 - cluster_size.bit_length()
+
+
+def pack_compressed(offset: int, size: int, cluster_size: int) -> int:
+    """The L2 entry of a compressed cluster (section "Compressed Clusters Descriptor")."""
+    sectors = (offset + size - 1) // SECTOR_SIZE - offset // SECTOR_SIZE
+    return OFLAG_COMPRESSED | sectors << compressed_offset_bits(cluster_size) | offset
+
+
+def extended_l2_table(table: bytes) -> bytes:
+    """An L2 table in extended entries; all 32 subclusters of a cluster are in one state."""
+    entries = unpack_entries(table)
+    both = array("Q", bytes(2 * len(table)))
+    both[::2] = array("Q", (0 if entry == OFLAG_ZERO else entry for entry in entries))
+    both[1::2] = array("Q", map(_subclusters, entries))
+    return pack_entries(both)
+
+
+def _subclusters(entry: int) -> int:
+    if not entry or entry & OFLAG_COMPRESSED:
+        return 0
+    return ALL_SUBCLUSTERS << 32 if entry == OFLAG_ZERO else ALL_SUBCLUSTERS
+
+
 # ---------------------------------------------------------------------------------------------
 # Sources: where guest bytes are. A source has a size, extents (where its bytes are stored, in
 # guest order), a way to read them, and a watch over what would change them. Only this room
@@ -282,9 +326,7 @@ def refcount_ones(count: int, refcount_bits: int) -> bytes:
 
 _PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
-_SEEK_DATA = getattr(os, "SEEK_DATA", None)  # not on every system, nor in PyPy
-_SEEK_HOLE = getattr(os, "SEEK_HOLE", None)
-LINUX_SEEK_HOLE = 4  # from fs.h; PyPy takes it, but doesn't name it
+SEEK_DATA, SEEK_HOLE = 3, 4  # Linux's, from fs.h; PyPy takes them, but doesn't name them
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
 MAX_ZERO_HEADS = 4  # heads of zeros in a row, until all the rest is read as well
@@ -294,9 +336,14 @@ AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
 
+KINDS = {  # of what is no disk
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device", stat.S_IFSOCK: "a socket",
+}  # fmt: skip
+
 Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
 
-# Errors of a look at the system where it does not answer, or not us.
+# Errors of a question that the system does not answer, or not to us.
 _UNAVAILABLE = (
     "ENOENT ENOTDIR ENODEV ENXIO ESRCH EACCES EPERM EINVAL ENOTTY ENOSYS ENOTSUP ELOOP "
     "ENAMETOOLONG ENOTCONN ESTALE"
@@ -344,20 +391,15 @@ def file_identity(status: os.stat_result) -> Tuple[int, ...]:
 class Watch:
     """What a disk consists of, as it was found: open files and block devices.
 
-    Of a file its size and the time of its last change count, of a block device its size and
-    what has been written to it on this host.
+    Of a file size and time of change count, of a device size and what this host writes to it.
     """
 
     def __init__(self) -> None:
         self._found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
 
     def add(self, fd: int, label: str) -> None:
-        """Watch what an open descriptor leads to. label: what it is called in messages."""
+        """Watch what an open descriptor leads to, which messages call by its label."""
         self._found.append((label, fd, self._state(fd, is_thorough=True)))
-
-    def add_all(self, other: "Watch") -> None:
-        """Watch whatever another one does, since it does."""
-        self._found += other._found
 
     def identities(self) -> Iterator[Tuple[str, int]]:
         """(label, descriptor) of all that is watched."""
@@ -365,20 +407,16 @@ class Watch:
             yield label, fd
 
     def check(self, is_last: bool = False) -> Optional[str]:
-        """What has changed, in words; None if nothing has.
-
-        is_last     ask as thoroughly as the system can answer: that may take its time
-        """
+        """What has changed, in words; None if nothing has. The last check may take its time."""
         for label, fd, before in self._found:
             try:
                 after = self._state(fd, is_last)
             except OSError as error:
                 raise Error(f"cannot look at {label}: {reason(error)}") from error
             if after[0] != before[0]:
-                return f"{label} changed while it was read: its size went from {before[0]} to " + (
-                    f"{after[0]} bytes"
-                )
-            if after[1:] != before[1:]:
+                sizes = f"{before[0]} to {after[0]} bytes"
+                return f"{label} changed while it was read: its size went from {sizes}"
+            if after != before:
                 return f"{label} changed while it was read: it was written to"
         return None
 
@@ -388,7 +426,7 @@ class Watch:
         if stat.S_ISBLK(status.st_mode):
             if is_thorough:
                 # What is only in memory is written first, so that it counts now and not later.
-                # (fsync() would have the disk's own memory written as well, which takes its time.)
+                # (fsync() would empty the disk's own memory as well, which takes longer.)
                 libc_call("sync_file_range", fd, 0, 0, SYNC_FILE_RANGE_AND_WAIT)
             fields = []  # type: List[str]
             with ignore_unavailable(), open(sys_folder(status.st_rdev) + "/stat") as file:
@@ -408,20 +446,18 @@ class Watch:
 class DiskFile:
     """A regular file or block device, opened for reading only.
 
-    path        its name
-    label       what it is called in messages
-    fd          its descriptor
+    label       its name in messages
     size        in bytes, when it was opened
-    identity    equal for two names of one file or one device, different otherwise
+    identity    see file_identity()
     """
 
     is_remote = False
     block_size = SECTOR_SIZE  # bytes: the smallest unit that can be bad
 
     def __init__(self, path: str, watch: Watch, label: Optional[str] = None) -> None:
-        """Open path, and watch it. Raises Error if it is missing, unreadable or no disk."""
+        """Open and watch it. Raises Error if it is missing, unreadable or no disk."""
         self.path = path
-        self.label = quoted(path) if label is None else label
+        self.label = label or quoted(path)
         try:
             # Look before opening: to open a FIFO would wait for its other end.
             self._refuse_unless_disk(os.stat(path).st_mode)
@@ -433,44 +469,36 @@ class DiskFile:
                 # A write that is under way has set the time of change already: wait for its end.
                 # File systems lock a file for it, if asked for holes (ext4, tmpfs) or read (XFS).
                 with contextlib.suppress(OSError):
-                    os.lseek(self.fd, 0, LINUX_SEEK_HOLE)
+                    os.lseek(self.fd, 0, SEEK_HOLE)
                     os.pread(self.fd, 1, 0)
             watch.add(self.fd, self.label)
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
             self.advise(0, 0, "RANDOM")  # heads of clusters are far from each other
         except (OSError, ValueError) as error:
             raise Error(f"cannot open {self.label}: {reason(error)}") from error
-        if not self.is_regular and not self.size:
-            raise Error(f"cannot read {self.label}: the device is empty; attach what it shows")
-        if not self.is_regular and has_other_views(self.identity[0]):
-            # A partition and a mounted file system have memories of their own: what has been
-            # read of this device before may be old by now.
-            self.advise(0, 0, "DONTNEED")
+        if not self.is_regular:
+            if not self.size:
+                raise Error(f"cannot read {self.label}: the device is empty; attach what it shows")
+            if has_other_views(status.st_rdev):
+                # A partition and a mounted file system have memories of their own: what has been
+                # read of this device before may be old by now.
+                self.advise(0, 0, "DONTNEED")
 
     def _refuse_unless_disk(self, mode: int) -> None:
-        kinds = (
-            (stat.S_ISDIR, "a folder"),
-            (stat.S_ISFIFO, "a FIFO"),
-            (stat.S_ISCHR, "a character device"),
-            (stat.S_ISSOCK, "a socket"),
-        )
-        for is_kind, kind in kinds:
-            if is_kind(mode):
-                hint = "; give a regular file or a block device"
-                if is_kind is stat.S_ISFIFO:
-                    hint = "; write it to a file first, or read raw data by --size SIZE - < FIFO"
-                raise Error(f"cannot read {self.label}: it is {kind}{hint}")
+        hint = "give a regular file or a block device"
+        if stat.S_ISFIFO(mode):
+            hint = "write it to a file first, or read raw data by --size SIZE - < FIFO"
+        kind = KINDS.get(stat.S_IFMT(mode))
+        if kind is not None:
+            raise Error(f"cannot read {self.label}: it is {kind}; {hint}")
 
     def close(self) -> None:
-        """Close the descriptor. That the file's server is gone has been said where it matters."""
+        """Close the descriptor, whatever its server says."""
         with contextlib.suppress(OSError):
             os.close(self.fd)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill all of view from offset on, in as many calls as the system wants.
-
-        Raises Error where the file can't be read, or ends too early.
-        """
+        """Fill all of view from offset on. Raises Error if it can't be read, or ends too early."""
         while len(view):
             try:
                 if _PREADV is not None:
@@ -487,11 +515,7 @@ class DiskFile:
             offset += count
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from offset on. Raises Error as read_into() does."""
-        with contextlib.suppress(OSError):
-            found = os.pread(self.fd, length, offset)
-            if len(found) == length:
-                return found
+        """`length` bytes from offset on. Raises what read_into() does."""
         data = bytearray(length)
         self.read_into(memoryview(data), offset)
         return bytes(data)
@@ -522,13 +546,10 @@ class DiskFile:
     def ended_early(self, offset: int) -> Error:
         """What to raise where there is nothing left to read."""
         if offset >= self.size:
-            return Error(
-                f"{self.label} is truncated: it has {self.size} bytes, and its image says that "
-                "data lies behind them"
-            )
+            return Error(f"{self.label} is truncated: its image has data behind {self.size} bytes")
         return Error(
-            f"{self.label} became shorter while it was read: it ends at offset {offset} now, it "
-            f"had {self.size} bytes; export a snapshot instead"
+            f"{self.label} became shorter while it was read, {offset} instead of {self.size} "
+            "bytes; export a snapshot instead"
         )
 
     def advise(self, offset: int, length: int, how: str) -> None:
@@ -548,43 +569,36 @@ class DiskFile:
             return error.errno != errno.EAGAIN
 
     def data_ranges(self, end: int, start: int = 0) -> Iterator[Range]:
-        """(start, end) of what is not a hole from start to end, as far as the file system can tell.
+        """(start, end) of what may be no hole from start to end.
 
-        All of it where it can't, or where what it tells can't be: block devices, some file
-        systems, some Pythons.
+        That is all of it where nobody knows: block devices, some file systems.
         """
-        if not self.is_regular or _SEEK_DATA is None or _SEEK_HOLE is None:
+        if not self.is_regular or not sys.platform.startswith("linux"):
             yield start, end
             return
-        position = start
-        while position < end:
+        while start < end:
             try:
-                start = os.lseek(self.fd, position, _SEEK_DATA)
-                hole = os.lseek(self.fd, start, _SEEK_HOLE) if start < self.size else 0
+                data = os.lseek(self.fd, start, SEEK_DATA)
+                hole = os.lseek(self.fd, data, SEEK_HOLE)
             except OSError as error:
                 if error.errno == errno.ENXIO:  # a hole up to the end, or an empty file
                     return
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                    raise self.read_error(position, error) from error
-                start, hole = position, end
-            if not position <= start < hole:
-                start, hole = position, end
-            position = hole
-            if start < end:
-                yield start, min(hole, end)
+                data = hole = start
+            if not start <= data < hole:
+                data, hole = start, end
+            if data < end:
+                yield data, min(hole, end)
+            start = hole
 
 
 def has_other_views(device: int) -> bool:
     """Whether a partition or a mount may have its own idea of a block device, on Linux."""
     folder = sys_folder(device)
-    numbers = [f"{os.major(device)}:{os.minor(device)}"]
     with ignore_unavailable():
-        parts = [name for name in os.listdir(folder) if name.isalnum() or "p" in name]
-        if os.path.exists(f"{folder}/partition") or any(
-            os.path.exists(f"{folder}/{name}/partition") for name in parts
-        ):
+        places = [".", *os.listdir(folder)]
+        if any(os.path.exists(f"{folder}/{place}/partition") for place in places):
             return True
-    return is_mounted(numbers)
+    return is_mounted([f"{os.major(device)}:{os.minor(device)}"])
 
 
 def is_mounted(numbers: Sequence[str]) -> bool:
@@ -594,15 +608,13 @@ def is_mounted(numbers: Sequence[str]) -> bool:
     return False
 
 
-# A run of guest bytes that are stored one after the other: (start, end, file, offset, stored).
+# A run of guest bytes that are stored one after the other; plain, for there are millions of them:
 #
 #   start, end  guest offsets in bytes, end exclusive
 #   file        what holds them: a DiskFile, or whatever else has its methods (an NBD export)
 #   offset      where in that file the byte of `start` is
 #   stored      0; of a part of a compressed cluster, the bytes at `offset` that hold all of the
 #               cluster (an upper bound), and `file` is the Qcow2Image that can inflate() them
-#
-# A plain tuple: there are millions of them.
 Extent = Tuple[int, int, Any, int, int]
 
 
@@ -634,11 +646,7 @@ def cut(item: Any, start: int, end: int) -> Any:
 
 
 class Source:
-    """A disk: its size, where its bytes are stored, and a way to read them.
-
-    size    of the disk in bytes, not rounded to sectors
-    watch   what would change the disk if it changed
-    """
+    """A disk of `size` bytes (not rounded to sectors), and what would change it if it changed."""
 
     is_salvaged = False  # no file of it may be read but by read_into()
 
@@ -647,14 +655,14 @@ class Source:
         self.watch = watch
 
     def extents(self) -> Iterator[Extent]:
-        """All that may hold anything but zeros, in guest order.
+        """All that may hold anything but zeros, in guest order: disjoint, within the disk.
 
-        Lazily, and anew with each call. Extents don't overlap, and end with the disk.
+        Lazily, and anew with each call.
         """
         raise NotImplementedError
 
     def finish(self) -> Optional[str]:
-        """Expect the end of a stream. Returns a warning, if there is something to be said."""
+        """Expect the end of a stream. Returns a warning, or None."""
         return None
 
     def read_into(self, view: memoryview, start: int, extents: Sequence[Extent]) -> None:
@@ -681,10 +689,7 @@ class Source:
 
 
 class RawSource(Source):
-    """A disk whose guest bytes lie in one file, each at its own offset.
-
-    The file is a DiskFile, or anything with its methods that holds a disk.
-    """
+    """A disk in one file (a DiskFile, or what has its methods), each byte at its own offset."""
 
     def __init__(
         self,
@@ -693,26 +698,21 @@ class RawSource(Source):
         size: Optional[int] = None,
         ranges: Optional[Iterable[Range]] = None,
     ) -> None:
-        """The disk in a file.
-
-        size    where the disk ends, if not with the file
-        ranges  what may hold anything but zeros (sorted, disjoint; iterated with each call), if
-                somebody knows better than the file
-        """
+        """size: where the disk ends, if before the file; ranges: what is not zeros, if known."""
         super().__init__(file.size if size is None else min(size, file.size), watch)
         self.file = file
         self._ranges = ranges
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        ranges = self.file.data_ranges(self.size) if self._ranges is None else self._ranges
-        for start, end in ranges:
+        known = self._ranges
+        for start, end in self.file.data_ranges(self.size) if known is None else joined(known):
             if start < self.size:
                 yield start, min(end, self.size), self.file, start, 0
 
 
 class SalvageSource(Source):
-    """Another disk of which zeros take the place of what can't be read.
+    """Another disk with zeros in place of what can't be read.
 
     damage  the byte ranges of the guest that became zeros, in no order
     """
@@ -761,8 +761,7 @@ class SalvageSource(Source):
 
 def clear(view: memoryview) -> None:
     """Set a buffer to zeros."""
-    if len(view):
-        view[:] = bytes(len(view))
+    view[:] = bytes(len(view))
 
 
 PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any machine
@@ -770,10 +769,7 @@ END_OF_INPUT_TIMEOUT = 2.0  # seconds that standard input may stay open when it 
 
 
 class StreamFile:
-    """Standard input: a disk that comes byte after byte, and only once.
-
-    It has the methods of a DiskFile, for offsets that only rise.
-    """
+    """Standard input, a disk that comes only once: a DiskFile for offsets that only rise."""
 
     fd = None
     is_remote = False
@@ -781,7 +777,6 @@ class StreamFile:
     identity = (-1,)
 
     def __init__(self, size: int, watch: Watch) -> None:
-        """A stream that must have just `size` bytes."""
         self.size = size
         self._position = 0
         self._rest = b""
@@ -791,10 +786,8 @@ class StreamFile:
 
             if socket_kind(0)[0] != socket.SOCK_STREAM:
                 raise Error("standard input is a socket of packets; give it a stream")
-        if os.isatty(0):
-            raise Error(
-                "standard input is a terminal, which changes bytes; give it a pipe or a file"
-            )
+        if os.isatty(0):  # which changes bytes
+            raise Error("standard input is a terminal; give it a pipe or a file")
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
             refuse_direct(0, mode, self.label)
             watch.add(0, self.label)
@@ -812,10 +805,8 @@ class StreamFile:
         while len(view):
             count = self._read(view)
             if not count:
-                raise Error(
-                    f"standard input ended after {self._position} bytes, but --size says "
-                    f"{self.size}; the image is not whole"
-                )
+                at, size = self._position, self.size
+                raise Error(f"standard input ended after {at} bytes, but --size says {size}")
             view = view[count:]
 
     def _skip_to(self, offset: int) -> None:
@@ -824,38 +815,21 @@ class StreamFile:
             self.read_into(waste[: offset - self._position], self._position)
 
     def _read(self, view: memoryview) -> int:
-        data = self._rest or self._receive(len(view))
+        # A pipe may keep packets apart, and what is not read of one is lost.
+        data = self._rest or read_some(0, max(len(view), PIPE_PACKET), self.label)
         self._rest = data[len(view) :]
         data = data[: len(view)]
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def _receive(self, length: int) -> bytes:
-        while True:
-            try:
-                # A pipe may keep packets apart, and what is not read of one is lost.
-                return os.read(0, max(length, PIPE_PACKET))
-            except BlockingIOError:
-                wait_for(0, "POLLIN")
-            except OSError as error:
-                raise Error(
-                    f"cannot read standard input at offset {self._position}: {reason(error)}"
-                ) from error
-
     def expect_end(self) -> Optional[str]:
-        """Raise Error if the stream has more bytes than it was said to have.
-
-        Returns a warning if it is still open some seconds after the last byte.
-        """
+        """Raise Error if more than `size` bytes come. Returns a warning if it stays open."""
         self._skip_to(self.size)
         if not self._rest and not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
             return f"standard input is still open after the {self.size} bytes that --size says"
         if self._read(memoryview(bytearray(1))):
-            raise Error(
-                f"standard input goes on after the {self.size} bytes that --size says; the image "
-                "is not whole"
-            )
+            raise Error(f"standard input goes on after the {self.size} bytes that --size says")
         return None
 
 
@@ -863,21 +837,30 @@ class StreamSource(RawSource):
     """The disk that standard input is."""
 
     def finish(self) -> Optional[str]:
-        """Expect the end of the stream, which is all that may come now."""
+        """Expect the end of the stream. Returns a warning, or None."""
         return self.file.expect_end()  # type: ignore[no-any-return]  # it is a StreamFile
 
 
 def refuse_direct(fd: int, mode: int, what: str) -> None:
     """Raise Error if a descriptor takes whole blocks only or, of a pipe, keeps packets apart."""
-
     if fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
         kind = "a pipe of packets" if stat.S_ISFIFO(mode) else "opened with O_DIRECT"
         raise Error(f"{what} is {kind}; redirect it by the shell's | or < and >")
 
 
+def read_some(fd: int, length: int, what: str) -> bytes:
+    """Up to `length` bytes of a stream, which may be one that does not block; none at its end."""
+    while True:
+        try:
+            return os.read(fd, length)
+        except BlockingIOError:
+            wait_for(fd, "POLLIN")
+        except OSError as error:
+            raise Error(f"cannot read {what}: {reason(error)}") from error
+
+
 def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
     """Wait until a descriptor is ready: event is POLLIN or POLLOUT. False if time runs out."""
-
     poll = select.poll()
     poll.register(fd, getattr(select, event))
     return bool(poll.poll(None if seconds is None else 1000 * seconds))
@@ -888,7 +871,6 @@ def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
 F_OFD_GETLK = 36  # Linux's, from fcntl.h
 QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
 MAX_SNAPSHOTS, MAX_BITMAPS = 65536, 65535  # as many as QEMU reads
-ALL_SUBCLUSTERS = (1 << 32) - 1  # of each cluster, in the bitmap of an extended L2 entry
 SNAPSHOT_STRUCT = struct.Struct(">QIHHIIQII")  # section "Snapshots" of the specification
 BITMAP_STRUCT = struct.Struct(">QIIBBHI")  # section "Bitmap directory"
 BITMAP_IN_USE, BITMAP_AUTO, DIRTY_BITMAP = 1, 2, 1  # flags, and the only type
@@ -910,6 +892,9 @@ def libzstd() -> Any:
         library = ctypes.CDLL("libzstd.so.1")
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
         for name, result, arguments in (
+            ("ZSTD_createCCtx", pointer, []),
+            ("ZSTD_compressBound", size, [size]),
+            ("ZSTD_compressCCtx", size, [pointer, pointer, size, pointer, size, ctypes.c_int]),
             ("ZSTD_createDCtx", pointer, []),
             ("ZSTD_decompressDCtx", size, [pointer, pointer, size, pointer, size]),
             ("ZSTD_findFrameCompressedSize", size, [pointer, size]),
@@ -1176,6 +1161,11 @@ class Qcow2Image:
                     yield cut(extent, max(start, extent[0]), min(end, extent[1]))
                 else:
                     yield extent
+
+    def compressed_offsets(self) -> "array[int]":
+        """The host offsets of all compressed clusters, sorted."""
+        offsets = array("Q", (run[3] for run in self.runs(0, self.size) if run[4]))
+        return array("Q", sorted(offsets))
 
     def check_end(self) -> None:
         """Raise Error if the last table in use, or what it leads to, lies behind the file's end."""
@@ -2277,8 +2267,8 @@ class Member:
         # A VMDK may have several, one after the other.
         extents = self.details.get("extents", [{"filename": self._name, "virtual-size": size}])
         names = [extent["filename"] for extent in extents]
-        if "data-file" in self.details:
-            return
+        if {"data-file", "data-file-raw"} & self.details.keys():
+            return  # nobody knows whether the header or an option names it
         if all(os.path.isfile(name) or is_block_device(name) for name in names):
             ends = itertools.accumulate(extent["virtual-size"] for extent in extents)
             self.files = list(zip(ends, map(open_file, names)))
@@ -2303,10 +2293,10 @@ class Member:
             )
         if not os.path.isfile(self._name):
             return
-        if self.info.get("encrypted") and self.format == "qcow2":
+        if self.format == "qcow2":  # of missing tables, and encrypted data, map knows nothing
             with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
                 qcow2 = Qcow2Image(self._name, Watch(), resources)
-                for _ in qcow2.runs(0, qcow2.size):  # of which qemu-img map knows nothing
+                for _ in qcow2.runs(0, qcow2.size):
                     pass
         if self.format == "qcow":
             refuse_if_qcow_tables_are_missing(self.files[0][1])
@@ -2355,13 +2345,13 @@ def refuse_if_qcow_tables_are_missing(file: DiskFile) -> None:
 
 
 def local_name(name: str) -> str:
-    """The file that QEMU's name of an image in JSON means; any other name as it is."""
+    """The file that QEMU's name of an image means; empty if it is no local one."""
     import json
 
     with contextlib.suppress(ValueError, LookupError, TypeError):
         if name.startswith("json:"):
             return str(json.loads(name[len("json:") :])["file"]["filename"])
-    return name
+    return "" if re.match("[^/]*:", name) else name
 
 
 def read_map(
@@ -2471,6 +2461,7 @@ def open_with_qemu(
     opened = {}  # type: Dict[str, DiskFile]
 
     def open_file(name: str) -> DiskFile:
+        name = name[len("./") :] if name.startswith("./") else name
         if name not in opened:
             opened[name] = DiskFile(name, watch)
             resources.callback(opened[name].close)
@@ -2481,13 +2472,14 @@ def open_with_qemu(
     text = b"".join(run_qemu_img([b"info", b"--backing-chain"], image, objects, NBD_TIMEOUT))
     infos = parse_json(text, image, "format", "filename", "virtual-size")
     if not image.is_options:
-        infos[0]["filename"] = image.name  # which qemu-img may not be able to print
+        # Which qemu-img may not be able to print, or takes for a protocol's.
+        infos[0]["filename"] = os.path.join(".", image.name)
     members = [Member(info, open_file) for info in infos]
     for depth, member in enumerate(members):
         member.refuse_misread(has_parent=depth + 1 < len(members))
     source = None  # type: Optional[Source]
     if members[0].format == "vhdx" and not image.is_options:
-        source = read_vhdx(opened[image.name], infos[0]["virtual-size"], watch)
+        source = read_vhdx(members[0].files[0][1], infos[0]["virtual-size"], watch)
     elif snapshot is None:
         source = read_map(image, objects, members, watch)
     if source is None or image.is_options:
@@ -2525,14 +2517,16 @@ def watch_process(pid: int, watch: Watch, resources: contextlib.ExitStack) -> No
 # steps; readers take the steps that need a look, and the map gets the states.
 # ---------------------------------------------------------------------------------------------
 
-UNALLOCATED, DATA, ZERO = 0, 1, 2  # what a cluster can be
-_MIXED = 3  # only of a page: its clusters differ
+UNALLOCATED, DATA, ZERO, COMPRESSED = 0, 1, 2, 3  # what a cluster can be
+_MIXED = 4  # only of a page: its clusters differ
 
 MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has more
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
 SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
 FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
+ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
+PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
 AHEAD_ITEMS = 2  # items for each reader: one at work, one that waits for it
 INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
@@ -2543,21 +2537,24 @@ class ClusterMap:
     """The state of every guest cluster, packed; append-only, in guest order.
 
     The map is kept in pages, each the reach of one or more whole L2 tables. A page of one
-    state takes one byte, any other about a bit for each cluster (two with zero clusters).
+    state takes one byte, any other about a bit for each cluster (two with zero or compressed ones).
 
     cluster_count   guest clusters of the disk
     table_entries   clusters in the reach of one L2 table
     page_clusters   clusters of a page, a multiple of table_entries
     data_clusters   how many are DATA so far
+    sizes           bytes of each COMPRESSED one
     """
 
-    def __init__(self, cluster_count: int, table_entries: int) -> None:
+    def __init__(self, cluster_count: int, table_entries: int, typecode: str = "H") -> None:
+        """typecode: of an array that can hold a compressed cluster's size."""
         self.cluster_count = cluster_count
         self.table_entries = table_entries
         self.page_clusters = align_up(MAP_PAGE, table_entries)
         self.data_clusters = 0
+        self.sizes = array(typecode)
         self._kinds = bytearray()  # of each page: its one state, or _MIXED
-        self._packed = {}  # type: Dict[int, Tuple[int, int]]  # of mixed pages: DATA, ZERO bits
+        self._packed = {}  # type: Dict[int, Tuple[int, int]]  # of mixed pages: bits of its states
         self._open = bytearray()  # a byte for each cluster of the page that is being filled
 
     def __len__(self) -> int:
@@ -2579,8 +2576,9 @@ class ClusterMap:
                 count -= taken
                 self._close_full_page()
 
-    def extend(self, states: bytes) -> None:
-        """Tell the next clusters' states, a byte for each."""
+    def extend(self, states: bytes, sizes: Iterable[int] = ()) -> None:
+        """Tell the next clusters' states, a byte for each, and sizes of the COMPRESSED ones."""
+        self.sizes.extend(sizes)
         self.data_clusters += states.count(DATA)
         position = 0
         while position < len(states):
@@ -2682,11 +2680,11 @@ def data_pattern(short: int, gap: int) -> Any:
     )
 
 
-_DIGIT_OF_DATA = bytes(ord("1") if state == DATA else ord("0") for state in range(256))
-_DIGIT_OF_ZERO = bytes(ord("1") if state == ZERO else ord("0") for state in range(256))
+_DIGIT_OF_DATA = bytes(ord("1") if state & DATA else ord("0") for state in range(256))
+_DIGIT_OF_ZERO = bytes(ord("1") if state & ZERO else ord("0") for state in range(256))
 _DATA_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, DATA)))
 _ZERO_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, ZERO)))
-_PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03", re.DOTALL)
+_PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03+|\x04", re.DOTALL)
 
 
 def cluster_runs(ranges: Iterable[Sequence[Any]], cluster_size: int) -> Iterator[Range]:
@@ -2755,12 +2753,14 @@ class ReadPolicy:
                     is asked for ahead
     reads_all       it is to be read from the start to the end, as a program that serves files
                     (FUSE) likes it, if memory keeps them for the copy
+    share_size  bytes of a reader's share, at most
     """
 
-    def __init__(self, reads_all: bool = False) -> None:
+    def __init__(self, reads_all: bool = False, share_size: int = SHARE_SIZE) -> None:
         self.expects_data = True
         self.is_cold = False
         self.reads_all = reads_all
+        self.share_size = share_size
         self._is_new = True
         self._window = FIRST_SHARE_SIZE
 
@@ -2800,7 +2800,7 @@ class ReadPolicy:
 
     def next_window(self) -> int:
         """Bytes of guest addresses that one step may span."""
-        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE)
+        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE, self.share_size)
         self._window = min(2 * self._window, SHARE_SIZE)
         return window
 
@@ -2877,7 +2877,7 @@ class Readers:
     def __init__(self, count: int, policy: ReadPolicy, cluster_size: int) -> None:
         self.count = count
         self.policy = policy
-        self._buffer_size = max(READ_SIZE, cluster_size)
+        self._buffer_size = max(PACK_SIZE, cluster_size)
         self._scratch = self._make_scratch()  # the main thread's
         self._threads = 0
         self._queue = None  # type: Any
@@ -2944,6 +2944,7 @@ class Step(NamedTuple):
     probe       finds out their states
     ours        extents of the disk there
     theirs      extents of its base there
+    packer      compresses what is data
     """
 
     first: int
@@ -2952,6 +2953,7 @@ class Step(NamedTuple):
     probe: Optional["Probe"] = None
     ours: Sequence[Extent] = ()
     theirs: Sequence[Extent] = ()
+    packer: Optional["Packer"] = None
 
 
 class Probe:
@@ -2979,7 +2981,7 @@ class Probe:
         for start, end, file, offset, stored in itertools.chain(step.ours, step.theirs):
             if stored:
                 file.file.advise(offset, stored, "WILLNEED")
-            elif self._policy.looks_at_heads and not step.theirs:
+            elif self._policy.looks_at_heads and self.cluster_size > HEAD_SIZE and not step.theirs:
                 for at in range(
                     offset + -start % self.cluster_size, offset + end - start, self.cluster_size
                 ):
@@ -3066,7 +3068,7 @@ class DiffProbe(Probe):
     def states(self, step: Step, scratch: Scratch) -> bytes:
         """The states of a step's clusters, a byte for each."""
         size = self.cluster_size
-        first, end, _, _, ours, theirs = step
+        first, end, _, _, ours, theirs, _ = step
         start, stop = first * size, end * size
         differs = (
             (at, to)
@@ -3219,51 +3221,232 @@ def believed_steps(
             yield Step(first, end, state if all_zeros and not some_data else DATA)
 
 
-def fill_map(cluster_map: ClusterMap, steps: Iterable[Step], readers: Readers) -> None:
+def deflate(data: bytes) -> bytes:
+    """A cluster as raw deflate, byte for byte as QEMU has it."""
+    import zlib
+
+    stream = zlib.compressobj(-1, zlib.DEFLATED, -12, 9)
+    return stream.compress(data) + stream.flush()
+
+
+def zstd_compressor() -> Callable[[bytes], bytes]:
+    """What makes one frame of zstd of a cluster, in any thread. Raises Error without zstd."""
+    library = libzstd()
+    if library is None:
+        try:
+            zstd = import_zstd()
+        except ImportError as error:
+            raise Error(
+                "--compress zstd needs libzstd.so.1 (Debian: libzstd1) or Python 3.14; install one "
+                "of them, or use --compress zlib"
+            ) from error
+        return lambda data: bytes(zstd.compress(data, ZSTD_LEVEL))
+    import ctypes
+    import threading
+
+    local = threading.local()
+
+    def compress(data: bytes) -> bytes:
+        if not hasattr(local, "output"):
+            local.context = library.ZSTD_createCCtx()
+            local.output = ctypes.create_string_buffer(library.ZSTD_compressBound(len(data)))
+        output = local.output
+        count = library.ZSTD_compressCCtx(
+            local.context, output, len(output), data, len(data), ZSTD_LEVEL
+        )
+        if library.ZSTD_isError(count):  # the one reason that is left
+            raise MemoryError
+        return ctypes.string_at(output, count)
+
+    return compress
+
+
+class Packed(NamedTuple):
+    """What became of some clusters.
+
+    states  a byte for each
+    sizes   of those that are COMPRESSED, in bytes
+    data    of those that are not passed through
+    """
+
+    states: bytes
+    sizes: List[int]
+    data: bytes
+
+
+class Packer:
+    """Compresses clusters, wherever that saves space.
+
+    What an image of the disk holds compressed in our own way is passed through: its bytes go
+    into the stream as they are. Of the others, the first ones wait in memory for the copy.
+
+    share       clusters that a reader takes at once
+    kept_end    the guest cluster before which all are in memory
+    """
+
+    def __init__(self, cluster_size: int, disk: Source, kind: str, memory: int) -> None:
+        """kind: zlib or zstd. memory: bytes to keep. Raises Error where zstd is missing."""
+        import mmap
+
+        self.cluster_size = cluster_size
+        self.disk = disk
+        self.share = max(1, PACK_SIZE // cluster_size)
+        self.kept_end = 0
+        self._kind = kind
+        self._compress = deflate if kind == "zlib" else zstd_compressor()
+        self._offsets = {}  # type: Dict[Any, array[int]]  # of all that an image holds compressed
+        # Its pages take memory only as they are filled.
+        self._kept = mmap.mmap(-1, memory + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._left = memory
+        self._taken = 0
+
+    def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Steps of which the data is compressed as well."""
+        size = self.cluster_size
+        extents = Cutter(self.disk.extents())
+        for step in steps:
+            if step.probe is not None:
+                yield step._replace(packer=self)
+            elif step.state != DATA:
+                yield step
+            else:
+                for first in range(step.first, step.end, self.share):
+                    end = min(first + self.share, step.end)
+                    ours = extents.take(first * size, end * size)
+                    yield Step(first, end, DATA, None, ours, (), self)
+
+    def pack(
+        self, first: int, states: bytes, extents: Sequence[Extent], wanted: int, scratch: Scratch
+    ) -> Packed:
+        """Compress clusters from `first` on, of which those in the state that is wanted count."""
+        size = self.cluster_size
+        sizes = [0] * len(states)
+        left = bytearray(state == wanted for state in states)
+        for cluster, (_, _, length) in self.passed(extents).items():
+            if left[cluster - first]:
+                left[cluster - first] = 0
+                sizes[cluster - first] = length
+        blobs = []
+        cutter = Cutter(extents)
+        for run in data_pattern(1, 0).finditer(left):
+            low, high = run.span()
+            start, end = (first + low) * size, (first + high) * size
+            view = memoryview(scratch.data)[: end - start]
+            self.disk.read_into(view, start, cutter.take(start, end))
+            for index in range(low, high):
+                at = (index - low) * size
+                blob = self._compress(bytes(view[at : at + size]))
+                if len(blob) < size:
+                    sizes[index] = len(blob)
+                    blobs.append(blob)
+        packed = bytes(COMPRESSED if length else state for length, state in zip(sizes, states))
+        return Packed(packed, list(filter(None, sizes)), b"".join(blobs))
+
+    def passed(self, extents: Iterable[Extent]) -> Dict[int, Tuple[Any, int, int]]:
+        """What an image holds in our way: (file, offset, length in bytes) by guest cluster."""
+        size = self.cluster_size
+        found = {}
+        for start, end, image, offset, stored in extents:
+            if (
+                stored
+                and image.cluster_size == size
+                and image.compression_type == self._kind
+                and not start % size
+                and end == min(start + size, self.disk.size)
+                and not self.disk.is_salvaged
+            ):
+                length = self._exact_length(image, offset, stored)
+                if length:
+                    found[start // size] = (image.file, offset, length)
+        return found
+
+    def _exact_length(self, image: Any, offset: int, stored: int) -> int:
+        """Bytes of a compressed cluster without what follows it; 0 where it can't be passed on."""
+        if image not in self._offsets:
+            self._offsets[image] = image.compressed_offsets()
+        offsets = self._offsets[image]
+        index = bisect.bisect_right(offsets, offset)
+        following = offsets[index] if index < len(offsets) else image.file.size
+        length = min(stored, following - offset)
+        # One that begins before the last sector of another overlaps with it.
+        return length if stored - SECTOR_SIZE < length < self.cluster_size else 0
+
+    def keep(self, data: bytes, end: int) -> None:
+        """Keep what has become of the next clusters, before `end`, as long as there is room."""
+        self._left -= len(data)
+        if self._left >= 0:
+            self._kept.write(data)
+            self.kept_end = end
+
+    def take(self, length: int) -> bytes:
+        """The next bytes of what was kept."""
+        self._taken += length
+        return self._kept[self._taken - length : self._taken]
+
+
+def fill_map(
+    cluster_map: ClusterMap,
+    steps: Iterable[Step],
+    readers: Readers,
+    packer: Optional[Packer] = None,
+) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
     policy = readers.policy
+    if packer is not None:
+        steps = packer.steps(steps)
 
     def jobs() -> Iterator[Job]:
-        for batch in batches(steps):
+        for batch in batches(steps, policy.share_size):
             probes = [step for step in batch if step.probe is not None]
             for step in probes:
                 policy.look_at(step.ours or step.theirs)
                 if policy.is_cold and step.probe is not None:
                     step.probe.ask_ahead(step)
-            is_quick = policy.is_quick and not any(step.theirs for step in probes)
+            is_quick = policy.is_quick and not any(step.theirs or step.packer for step in batch)
             yield None, 0, functools.partial(examine, batch), is_quick
 
     for _, results in readers.in_order(jobs(), AHEAD_ITEMS * readers.count, MAX_SIZE):
         for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
-            else:
+            elif packer is None:
                 cluster_map.extend(states)
+            else:
+                cluster_map.extend(states.states, states.sizes)
+                packer.keep(states.data, len(cluster_map))
     cluster_map.finish()
 
 
-def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Union[int, bytes]]]:
-    """Take some steps: (count of clusters, their one state or a byte for each)."""
-    return [
-        (step.end - step.first, step.probe.states(step, scratch) if step.probe else step.state)
-        for step in batch
-    ]
+def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
+    """Take some steps: (count of clusters, their one state or a byte for each, or Packed)."""
+    results = []
+    for step in batch:
+        count = step.end - step.first
+        states = step.state  # type: Any
+        if step.probe:
+            states = step.probe.states(step, scratch)
+        if step.packer:
+            states = states if step.probe else bytes((states,)) * count
+            states = step.packer.pack(step.first, states, step.ours, DATA, scratch)
+        results.append((count, states))
+    return results
 
 
-def batches(steps: Iterable[Step]) -> Iterator[List[Step]]:
+def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
     """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
     batch = []  # type: List[Step]
-    left = SHARE_SIZE
+    left = share_size
     number = 0
     for step in steps:
         batch.append(step)
-        if step.probe is not None:
+        worker = step.probe or step.packer
+        if worker is not None:
             number += 1
-            left -= (step.end - step.first) * step.probe.cluster_size
+            left -= (step.end - step.first) * worker.cluster_size
         # The first ones are small because nothing is known yet: they are batches themselves.
         if left <= 0 or len(batch) >= BATCH_STEPS or number <= INLINE_ITEMS:
             yield batch
-            batch, left = [], SHARE_SIZE
+            batch, left = [], share_size
     if batch:
         yield batch
 
@@ -3573,11 +3756,13 @@ class Geometry(NamedTuple):
     virtual_size    bytes, a multiple of 512
     cluster_size    bytes
     refcount_bits   width of a refcount
+    is_extended     L2 entries are extended
     """
 
     virtual_size: int
     cluster_size: int
     refcount_bits: int
+    is_extended: bool = False
 
     @property
     def cluster_count(self) -> int:
@@ -3586,23 +3771,69 @@ class Geometry(NamedTuple):
 
     @property
     def table_entries(self) -> int:
-        """Entries of one cluster of a table."""
+        """Entries of one cluster of the L1 or the refcount table."""
         return self.cluster_size // ENTRY_SIZE
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of an L2 table."""
+        return self.cluster_size // (EXTENDED_ENTRY_SIZE if self.is_extended else ENTRY_SIZE)
 
     @property
     def l1_entries(self) -> int:
         """Entries of the L1 table: one for each L2 table that the disk can have."""
-        return div_up(self.cluster_count, self.table_entries)
+        return div_up(self.cluster_count, self.l2_entries)
 
     def refuse_if_too_large(self) -> None:
         """Raise Error for a disk that no qcow2 image with this cluster size can hold."""
         if self.l1_entries * ENTRY_SIZE > MAX_L1_BYTES:
-            reach = (MAX_L1_BYTES // ENTRY_SIZE) * self.table_entries * self.cluster_size
+            reach = (MAX_L1_BYTES // ENTRY_SIZE) * self.l2_entries * self.cluster_size
             raise Error(
                 f"a disk of {self.virtual_size} bytes needs an L1 table over 32 MiB, which QEMU "
                 f"can't open: clusters of {self.cluster_size} bytes reach {reach} bytes; choose a "
                 "larger --cluster-size"
             )
+
+
+class PackedArea(NamedTuple):
+    """The compressed clusters, in guest order, back to back by the byte.
+
+    sizes           of each, in bytes
+    cluster_size    bytes
+    refcount_bits   width of a refcount
+    """
+
+    sizes: Sequence[int]
+    cluster_size: int
+    refcount_bits: int
+
+    def offsets(self) -> Iterator[int]:
+        """Where each begins, in bytes from the start of the area, and where the last one ends.
+
+        A host cluster's refcount is the number of those that touch it: where that is full, the
+        next host cluster is begun.
+        """
+        most = (1 << self.refcount_bits) - 1
+        position = touching = 0
+        for length in self.sizes:
+            if touching == most:
+                position = align_up(position, self.cluster_size)
+                touching = 0
+            yield position
+            room = self.cluster_size - position % self.cluster_size
+            position += length
+            touching = touching + 1 if length < room else int(length > room)
+        yield position
+
+    def refcounts(self) -> Iterator[int]:
+        """Those of the host clusters."""
+        size = self.cluster_size
+        touched = (
+            cluster
+            for offset, length in zip(self.offsets(), self.sizes)
+            for cluster in range(offset // size, (offset + length - 1) // size + 1)
+        )
+        return (sum(1 for _ in group) for _, group in itertools.groupby(touched))
 
 
 class Plan(NamedTuple):
@@ -3612,9 +3843,11 @@ class Plan(NamedTuple):
     refcount_table_clusters clusters of the refcount table, which follows the header's
     refcount_blocks         refcount blocks, a cluster each
     l1_clusters             clusters of the L1 table
+    packed                  the compressed clusters, which follow the others
     """
 
     geometry: Geometry
+    packed: PackedArea
     refcount_table_clusters: int
     refcount_blocks: int
     l1_clusters: int
@@ -3623,7 +3856,14 @@ class Plan(NamedTuple):
     l1_table_offset: int
     l2_table_offset: int
     data_offset: int
+    packed_offset: int
     file_size: int
+
+    @property
+    def saved(self) -> int:
+        """Bytes that compression has saved."""
+        before = len(self.packed.sizes) * self.geometry.cluster_size
+        return before - (self.file_size - self.packed_offset)
 
     def refuse_if_too_large(self) -> None:
         """Raise Error for an image that QEMU could not open."""
@@ -3640,25 +3880,37 @@ class Plan(NamedTuple):
                 f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 can't "
                 "express; export fewer data"
             )
+        bits = compressed_offset_bits(size)
+        if self.packed.sizes and self.file_size > 1 << bits:
+            raise Error(
+                f"an image of {self.file_size} bytes has compressed clusters past 2^{bits}, which "
+                f"qcow2 can't express with clusters of {size} bytes; choose a smaller "
+                "--cluster-size, or leave --compress out"
+            )
 
 
-def make_plan(geometry: Geometry, l2_tables: int, data_clusters: int) -> Plan:
-    """Lay the file out.
+def make_plan(
+    geometry: Geometry, l2_tables: int, data_clusters: int, sizes: Sequence[int] = ()
+) -> Plan:
+    """Lay the file out. sizes: bytes of each compressed cluster.
 
     The refcount area counts itself: it grows until it covers the file that it is part of.
     """
     size = geometry.cluster_size
     block_entries = size * 8 // geometry.refcount_bits
     l1_clusters = div_up(geometry.l1_entries, geometry.table_entries)
-    others = 1 + l1_clusters + l2_tables + data_clusters
+    packed = PackedArea(sizes, size, geometry.refcount_bits)
+    (packed_size,) = collections.deque(packed.offsets(), maxlen=1)
+    others = 1 + l1_clusters + l2_tables + data_clusters + div_up(packed_size, size)
     blocks = tables = 0
     needed = div_up(others, block_entries)
     while needed != blocks:
         blocks, tables = needed, div_up(needed, geometry.table_entries)
         needed = div_up(others + tables + blocks, block_entries)
     counts = (1, tables, blocks, l1_clusters, l2_tables, data_clusters)
-    offsets = (size * end for end in itertools.accumulate(counts))
-    return Plan(geometry, tables, blocks, l1_clusters, *offsets)
+    offsets = [size * end for end in itertools.accumulate(counts)]
+    offsets.append(offsets[-1] + align_up(packed_size, SECTOR_SIZE))
+    return Plan(geometry, packed, tables, blocks, l1_clusters, *offsets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4135,6 +4387,7 @@ class Header(NamedTuple):
     backing_file    its name, as it stands in the header, or None
     backing_format  of the backing file, such as b"raw"
     has_features    their names are there, which nobody needs to open an image
+    compression     how clusters are compressed: zlib or zstd
     """
 
     version: int = 3
@@ -4143,6 +4396,7 @@ class Header(NamedTuple):
     backing_file: Optional[bytes] = None
     backing_format: bytes = b""
     has_features: bool = True
+    compression: str = "zlib"
 
     @property
     def extensions(self) -> bytes:
@@ -4196,11 +4450,14 @@ class Header(NamedTuple):
                 "refcount_table_offset": plan.refcount_table_offset,
                 "refcount_table_clusters": plan.refcount_table_clusters,
                 "incompatible_features": (
-                    0 if self.data_file_name is None else INCOMPATIBLE_DATA_FILE
+                    (0 if self.data_file_name is None else INCOMPATIBLE_DATA_FILE)
+                    | (0 if self.compression == "zlib" else INCOMPATIBLE_COMPRESSION)
+                    | (INCOMPATIBLE_EXTENDED_L2 if geometry.is_extended else 0)
                 ),
                 "autoclear_features": AUTOCLEAR_DATA_FILE_RAW if self.data_file_raw else 0,
                 "refcount_order": geometry.refcount_bits.bit_length() - 1,
                 "header_length": HEADER_LENGTH[self.version],
+                "compression_type": COMPRESSION_TYPES[self.compression],
             }
         )
         # Zeros behind the last extension are the one that ends the list.
@@ -4222,12 +4479,16 @@ def refcount_area(plan: Plan) -> Iterator[bytes]:
 
     bits = plan.geometry.refcount_bits
     block_entries = size * 8 // bits
-    full_blocks, rest = divmod(plan.file_size // size, block_entries)
+    full_blocks, rest = divmod(plan.packed_offset // size, block_entries)
     full_block = refcount_ones(block_entries, bits)
     for _ in range(full_blocks):
         yield full_block
-    if rest:
-        yield refcount_ones(rest, bits).ljust(size, b"\0")
+    whole = rest // 8 * 8  # what fills bytes
+    counts = itertools.chain(itertools.repeat(1, rest - whole), plan.packed.refcounts())
+    for _ in range(full_blocks, plan.refcount_blocks):
+        others = pack_refcounts(itertools.islice(counts, block_entries - whole), bits)
+        yield (refcount_ones(whole, bits) + others).ljust(size, b"\0")
+        whole = 0
 
 
 def l1_table(plan: Plan, cluster_map: ClusterMap) -> Iterator[bytes]:
@@ -4257,6 +4518,10 @@ def l2_tables(plan: Plan, cluster_map: ClusterMap, in_place: bool) -> Iterator[b
     size = plan.geometry.cluster_size
     entries = cluster_map.table_entries
     next_entry = plan.data_offset | OFLAG_COPIED
+    compressed = (
+        pack_compressed(plan.packed_offset + offset, length, size)
+        for offset, length in zip(plan.packed.offsets(), plan.packed.sizes)
+    )
     for first, count, states in cluster_map.pages():
         if in_place:
             next_entry = (first * size) | OFLAG_COPIED
@@ -4265,17 +4530,25 @@ def l2_tables(plan: Plan, cluster_map: ClusterMap, in_place: bool) -> Iterator[b
             for _ in range(count // entries):
                 yield table
         elif len(states) > 1:
-            for table in mixed_l2_tables(states, entries, next_entry, size, in_place):
+            for table in mixed_l2_tables(states, entries, next_entry, size, in_place, compressed):
                 yield table
             next_entry += states.count(DATA) * size
         elif states[0] == DATA:
             for table in ramp_tables(next_entry, size, entries, count // entries):
                 yield table
             next_entry += count * size
+        elif states[0] == COMPRESSED:
+            for _ in range(count // entries):
+                yield pack_entries(array("Q", itertools.islice(compressed, entries)))
 
 
 def mixed_l2_tables(
-    states: bytes, entries: int, next_entry: int, cluster_size: int, in_place: bool
+    states: bytes,
+    entries: int,
+    next_entry: int,
+    cluster_size: int,
+    in_place: bool,
+    compressed: Iterator[int],
 ) -> Iterator[bytes]:
     """The L2 tables of one mixed page; those without any cluster are left out.
 
@@ -4288,9 +4561,12 @@ def mixed_l2_tables(
     else:  # the n-th cluster of data has the n-th offset
         nth = range(next_entry - cluster_size, stop, cluster_size)
         values = map(nth.__getitem__, itertools.accumulate(is_data))
-    page = map(operator.mul, is_data, values)
+    page = map(operator.mul, is_data, values)  # type: Iterator[int]
     if states.count(ZERO):
         page = map(operator.or_, page, states.translate(_ZERO_FLAGS))
+    if states.count(COMPRESSED):
+        plain = zip(states, page)
+        page = (next(compressed) if state == COMPRESSED else entry for state, entry in plain)
     packed = pack_entries(array("Q", page))
     for start in range(0, len(states), entries):
         if states.count(UNALLOCATED, start, start + entries) < entries:
@@ -4308,20 +4584,26 @@ def write_image(
     source: Source,
     cluster_map: ClusterMap,
     readers: Readers,
+    packer: Optional[Packer],
 ) -> None:
     """Write the whole image, in file order; its end may wait in memory, see Output."""
     in_place = header.data_file_name is not None
+    tables_of_data = l2_tables(plan, cluster_map, in_place)
+    if plan.geometry.is_extended:
+        tables_of_data = map(extended_l2_table, tables_of_data)
     output.begin(plan.file_size)
     output.write(header.cluster(plan))
     for tables in (
         refcount_area(plan),
         l1_table(plan, cluster_map),
-        l2_tables(plan, cluster_map, in_place),
+        tables_of_data,
     ):
         for table in tables:
             output.write(table)
     if not in_place:
         copy_data(output, source, cluster_map, plan.geometry.cluster_size, readers)
+    if packer is not None:
+        write_compressed(output, plan, cluster_map, readers, packer)
     output.flush()
 
 
@@ -4408,6 +4690,93 @@ def cluster_slices(cluster_size: int) -> List[slice]:
     return [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
 
 
+class PackedPiece(NamedTuple):
+    """Some compressed clusters that are to be written.
+
+    clusters    the guest's numbers of them
+    sizes       what each has, in bytes
+    passed      those that are passed through, see Packer.passed()
+    """
+
+    clusters: List[int]
+    sizes: "array[int]"
+    passed: Dict[int, Tuple[Any, int, int]]
+
+
+def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
+    """The compressed clusters; what is not kept, a reader compresses once more."""
+    size, share = packer.cluster_size, packer.share
+    cutter = Cutter(packer.disk.extents())
+    index = 0
+    for page, count, kinds in cluster_map.pages():
+        for first in range(page, page + count, share) if kinds.count(COMPRESSED) else ():
+            states = kinds * share if len(kinds) == 1 else kinds[first - page :][:share]
+            clusters = [first + at for at, state in enumerate(states) if state == COMPRESSED]
+            if not clusters:
+                continue
+            extents = cutter.take(first * size, (first + share) * size)
+            passed = packer.passed(extents)
+            passed = {cluster: passed[cluster] for cluster in clusters if cluster in passed}
+            work = None
+            if clusters[-1] >= packer.kept_end:
+                work = functools.partial(packer.pack, first, states, extents, COMPRESSED)
+            sizes = cluster_map.sizes[index : index + len(clusters)]
+            index += len(clusters)
+            piece = PackedPiece(clusters, sizes, passed)
+            yield piece, share * size, work, len(passed) == len(clusters)
+
+
+def write_compressed(
+    output: Output,
+    plan: Plan,
+    cluster_map: ClusterMap,
+    readers: Readers,
+    packer: Packer,
+) -> None:
+    """Write the compressed clusters, in guest order, up to the end of the file.
+
+    Raises Error if one has another size than before.
+    """
+    offsets = plan.packed.offsets()
+    jobs = compressed_jobs(cluster_map, packer)
+    position = 0
+    for piece, packed in readers.in_order(jobs, AHEAD_ITEMS * readers.count, READ_AHEAD):
+        if packed is None:
+            through = sum(length for _, _, length in piece.passed.values())
+            data = packer.take(sum(piece.sizes) - through)
+        elif packed.sizes == list(piece.sizes):
+            data = packed.data
+        else:
+            start = piece.clusters[0] * packer.cluster_size
+            raise Error(
+                f"INPUT changed while it was read: what lies behind offset {start} compresses to "
+                "another size; the image is not whole, export a snapshot instead"
+            )
+        at = 0  # in data
+        run = (None, 0, 0)  # type: Tuple[Any, int, int]  # a file, or data; start and end there
+        for cluster, length, offset in zip(piece.clusters, piece.sizes, offsets):
+            file, start, _ = piece.passed.get(cluster, (None, at, 0))
+            at += length if file is None else 0
+            if (file, start, offset) == (run[0], run[2], position):
+                run = (file, run[1], start + length)
+            else:
+                write_run(output, data, run)
+                output.write_zeros(offset - position)
+                run = (file, start, start + length)
+            position = offset + length
+        write_run(output, data, run)
+    output.write_zeros(plan.file_size - plan.packed_offset - position)
+
+
+def write_run(output: Output, data: bytes, run: Tuple[Any, int, int]) -> None:
+    """Write a part of a file, or of data where that is None: (file, start, end)."""
+    file, start, end = run
+    if file is None:
+        output.write(data[start:end])
+    else:
+        output.send(file, start, end - start)
+
+
 def copy_range(output: Output, start: int, end: int, extents: Iterable[Extent]) -> None:
     """Write the guest bytes from start to end; what is stored nowhere is zeros."""
     position = start
@@ -4433,6 +4802,7 @@ PROTOCOLS = re.compile(
     r"(json|file|host_device|host_cdrom|blkdebug|blkverify|fat|ftps?|gluster(\+(rdma|tcp|unix))?|"
     r"https?|iscsi|iser|nbd(\+(tcp|unix))?|nfs|null-(aio|co)|nvme|rbd|ssh):"
 )
+COMPRESS_MEMORY = 256 << 20  # bytes of compressed clusters that wait for the copy
 SIZE_SUFFIXES = "KMGTPE"  # powers of 1024, as qemu-img takes them
 
 EPILOG = f"""\
@@ -4462,10 +4832,8 @@ class _Parser(argparse.ArgumentParser):
     """
 
     def _get_option_tuples(self, option_string: str) -> List[Any]:
-        if option_string.startswith("--"):
-            return []
-        tuples = super()._get_option_tuples(option_string)
-        return list(tuples)
+        is_long = option_string.startswith("--")
+        return [] if is_long else list(super()._get_option_tuples(option_string))
 
     def _print_message(self, message: str, _file: Any = None) -> None:
         output = Output(1, is_text=True)
@@ -4479,48 +4847,25 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_size(text: str) -> Optional[int]:
     """A number of bytes, from `65536`, `64K` or `1T`; None for anything else."""
-    match = re.match(rf"(\d{{1,20}})([{SIZE_SUFFIXES}]?)\Z", text, re.ASCII | re.IGNORECASE)
+    match = re.match(rf"(0|[1-9]\d{{,19}})([{SIZE_SUFFIXES}]?)\Z", text, re.ASCII | re.IGNORECASE)
     if not match:
         return None
-    exponent = SIZE_SUFFIXES.index(match.group(2).upper()) + 1 if match.group(2) else 0
-    return int(match.group(1)) << (10 * exponent)
+    return int(match.group(1)) << 10 * (" " + SIZE_SUFFIXES).index(match.group(2).upper() or " ")
 
 
-def cluster_size_argument(text: str) -> int:
-    """A cluster size in bytes."""
-    size = parse_size(text)
-    if size in CLUSTER_SIZES:
-        return int(size or 0)
-    hint = f"; did you mean {size}K?" if size and size * 1024 in CLUSTER_SIZES else ""
-    if parse_size(text.rstrip("iBb")) in CLUSTER_SIZES:
-        hint = f"; write {text.rstrip('iBb')}"
-    raise argparse.ArgumentTypeError(f"{text!r} is not a power of two from 512 to 2M{hint}")
+def number_in(values: Sequence[int], what: str) -> Callable[[str], int]:
+    """An argument's type: one of some numbers, that are called `what` in messages."""
 
+    def parse(text: str) -> int:
+        number, plain = parse_size(text), text.rstrip("iBb")
+        if number is not None and number in values:
+            return number
+        hint = f"; write {plain}" if plain != text and parse_size(plain) in values else ""
+        if parse_size(text + "K") in values:
+            hint = f"; did you mean {text}K?"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}{hint}")
 
-def size_argument(text: str) -> int:
-    """A disk's size in bytes."""
-    size = parse_size(text)
-    if size is None:
-        plain = text.rstrip("iBb")
-        hint = f"; write {plain}" if parse_size(plain) is not None else ""
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes, perhaps with K, M, G, T, P or E{hint}"
-        )
-    return size
-
-
-def refcount_bits_argument(text: str) -> int:
-    """A refcount width in bits."""
-    if text not in [str(width) for width in REFCOUNT_WIDTHS]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1, 2, 4, 8, 16, 32 or 64")
-    return int(text)
-
-
-def parallel_argument(text: str) -> int:
-    """A number of readers."""
-    if not re.match(r"[1-9]\d?\Z", text) or int(text) > 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 64")
-    return int(text)
+    return parse
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4538,7 +4883,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to read").add_argument
     add("input", metavar="INPUT",
         help="file, block device, NBD URI (nbd://HOST/EXPORT), or - for standard input")
-    add("--size", type=size_argument,
+    add("--size", type=number_in(range(MAX_SIZE), "a number of bytes, perhaps with K, M, G or T"),
         help="with INPUT -: bytes of the disk. Read once: all clusters are stored, or the "
         "layout's only")
     add("-f", "--format", metavar="FMT", default="raw",
@@ -4576,19 +4921,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("-b", "--backing-file", metavar="NAME",
         help="an overlay on NAME; with --diff, --bitmap or --layout")
     add("-F", "--backing-format", metavar="FMT", help="format of the backing file, e.g. qcow2")
-    add("-c", "--cluster-size", metavar="SIZE", type=cluster_size_argument,
+    add("-c", "--cluster-size", metavar="SIZE",
+        type=number_in(CLUSTER_SIZES, "a power of two from 512 to 2M"),
         help="a power of two from 512 to 2M (default: 64K)")
-    add("-r", "--refcount-bits", metavar="BITS", type=refcount_bits_argument, default=16,
+    add("-r", "--refcount-bits", metavar="BITS", default=16,
+        type=number_in(REFCOUNT_WIDTHS, "1, 2, 4, 8, 16, 32 or 64"),
         help="1, 2, 4, 8, 16 (default), 32 or 64")
     add("--compat", choices=("1.1", "0.10"), default="1.1",
         help="qcow2 version 3 (1.1, default) or 2 (0.10)")
+    add("--compress", choices=("zlib", "zstd"),
+        help="compress clusters where that saves space; zlib, or zstd (QEMU 5.1 and later)")
+    add("--compress-memory", metavar="SIZE", default=COMPRESS_MEMORY,
+        type=number_in(range(MAX_SIZE), "a number of bytes, perhaps with K, M, G or T"),
+        help="compressed clusters that wait in memory for the copy; the rest is compressed "
+        "twice (default: 256M)")
+    add("--extended-l2", action="store_true",
+        help="32 subclusters a cluster, for an image that VMs write to (QEMU 5.2 and later)")
     add("-d", "--data-file", action="store_true",
         help="only metadata: INPUT is the image's external data file")
     add("-R", "--data-file-raw", action="store_true",
         help="the same, everything allocated; INPUT is not read")
 
     add = parser.add_argument_group("how to run").add_argument
-    add("-m", "--parallel", metavar="N", type=parallel_argument, default=4,
+    add("-m", "--parallel", metavar="N", type=number_in(range(1, 65), "1 to 64"), default=4,
         help="readers at work at once, 1 to 64 (default: 4)")
     add("--measure", action="store_true", help="write no image, print its exact size")
     add("--output", choices=("human", "json"), help="how --measure prints (default: human)")
@@ -4601,54 +4956,42 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def are_same_file(one: str, other: str) -> bool:
-    """Whether two names are equal, or lead to one file from here."""
-    with contextlib.suppress(OSError, ValueError):
-        if one == other or os.path.realpath(one) == os.path.realpath(other):
-            return True
-        # Not every file system gives two files two numbers.
-        return os.path.samefile(one, other) and os.stat(one).st_nlink > 1
+    """Whether two names lead to one file from here."""
+    with contextlib.suppress(OSError):
+        return os.path.realpath(one) == os.path.realpath(other)
     return False
 
 
 def refuse_contradictions(options: argparse.Namespace) -> None:
     """Raise Error for options that don't go together."""
+    diff, bitmap, layout, snapshot = options.diff, options.bitmap, options.layout, options.snapshot
     external = "--data-file-raw" if options.data_file_raw else "--data-file"
     has_external = options.data_file or options.data_file_raw
-    partial = "--diff" if options.diff is not None else "--bitmap" if options.bitmap else "--layout"
-    partials = [options.diff, options.layout, options.bitmap]
-    is_partial = partials != [None] * 3
-    overlay = options.backing_file is not None
-    name = options.backing_file or ""
+    partials = [each for each in (diff, bitmap, layout) if each is not None]
+    overlay, name = options.backing_file is not None, options.backing_file or ""
     maps = (options.json_header_map, options.json_header_info) != (None, None)
     base_maps = (options.json_header_diff_map, options.json_header_diff_info) != (None, None)
-    old = options.compat == "0.10"
     is_stream = options.input == "-" and not options.image_opts
     is_uri = is_nbd_uri(options.input) and not options.image_opts
-    has_format = options.format != "raw" or options.image_opts
-    input_format = "--image-opts" if options.image_opts else f"--format {options.format}"
     is_qcow2 = options.format == "qcow2" and not is_stream
+    has_format = options.format != "raw" or options.image_opts
+    form = "--image-opts" if options.image_opts else f"--format {options.format}"
     base_format = options.diff_format or options.format
     contradictions = (
         (not is_stream and options.size is not None,
-         "--size is for INPUT -, which can't be asked for its size; leave it out, or write - for "
-         "INPUT"),
+         "--size is for INPUT -, which can't be asked for its size; leave it out"),
         (is_stream and options.format != "raw",
-         f"INPUT - is raw data that is read once, but {options.format} must be read here and "
-         "there; write it to a file first"),
+         f"INPUT - is read once, and {options.format} must be read here and there; write it to a "
+         "file first"),
         (is_stream and options.size is None,
-         "INPUT - is a stream, and the size of its disk must be known first; add --size"),
-        (is_stream and (maps or has_external),
-         "INPUT - is raw data that is read once; leave --data-file and --json-header options out"),
-        (is_stream and options.salvage,
-         "INPUT - comes once, and nothing can be salvaged of it; leave --salvage out"),
-        (is_stream and options.diff is not None,
-         "INPUT - is read once, which leaves nothing to be copied after a comparison; use "
-         "--layout instead of --diff"),
-        (options.diff == "-",
+         "INPUT - is a stream, whose size must be known first; add --size"),
+        (is_stream and (maps or has_external or options.salvage),
+         "INPUT - is read once; leave --data-file, --json-header and --salvage options out"),
+        (is_stream and diff is not None,
+         "INPUT - is read once, and a comparison reads twice; use --layout instead of --diff"),
+        (diff == "-",
          "BASE can't be a stream: it would be read more than once; a file of that name is ./-"),
-        (base_maps and (options.diff_format or "raw") != "raw",
-         "the --json-header-diff options describe a raw BASE; leave --diff-format out"),
-        (is_stream and options.layout == "-",
+        (is_stream and layout == "-",
          "standard input can't be both INPUT and the layout; put the layout into a file"),
         (options.output is not None and not options.measure,
          "--output says how --measure prints; add --measure"),
@@ -4660,77 +5003,77 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
         (is_uri and options.format != "raw",
          f"an NBD server shows a disk as it is: leave -f {options.format} out"),
-        (has_format and has_external,
-         f"{external} refers to INPUT as it is, and {input_format} is not raw; leave one out"),
-        (is_uri and has_external, f"{external} refers to a file, and INPUT is an NBD server"),
-        (has_format and (maps or base_maps),
-         f"the --json-header options describe raw disks; leave {input_format} out"),
-        (options.diff_format is not None and options.diff is None,
+        ((has_format or is_uri) and has_external,
+         f"{external} refers to a raw file, but INPUT is {'a server' if is_uri else form}"),
+        ((maps or base_maps) and has_format or base_maps and base_format != "raw",
+         "the --json-header options describe raw disks; leave --format and --diff-format out"),
+        (options.diff_format is not None and diff is None,
          "--diff-format is the format of BASE; add --diff BASE"),
-        (not all(re.match(r"[\w-]+\Z", each or "raw", re.ASCII) for each in
-                 (options.format, options.diff_format)),
+        (not all(re.match(r"[\w-]+\Z", each, re.ASCII) for each in (options.format, base_format)),
          "a format is a name such as raw, qcow2 or vmdk"),
-        (len([each for each in partials if each is not None]) > 1,
+        (len(partials) > 1,
          "--diff, --bitmap and --layout all say what to export; give one of them"),
-        (options.no_scan and options.diff is not None,
+        (options.no_scan and diff is not None,
          "--diff compares, and --no-scan does not look; leave one of them out"),
-        (is_partial and has_external,
-         f"{partial} exports a part of the disk, but {external} refers to all of it; leave one of "
-         "them out"),
-        (maps and options.layout is not None,
+        ((partials or maps) and has_external,
+         f"{external} refers to all of the disk; leave --diff, --bitmap, --layout and "
+         "--json-header-map out"),
+        (maps and layout is not None,
          "--layout and --json-header-map both say where data is; give one of them"),
-        (maps and has_external,
-         f"--json-header-map says what to export, but {external} refers to all of the disk; leave "
-         "one of them out"),
-        (base_maps and options.diff is None,
+        (base_maps and diff is None,
          "--json-header-diff-map and --json-header-diff-info describe BASE; add --diff BASE"),
-        (options.snapshot is not None and options.snapshot.startswith("snapshot."),
+        ((snapshot or "").startswith("snapshot."),
          "--snapshot takes the name or the ID itself, without snapshot.name= before it"),
-        (options.snapshot is not None and not is_qcow2,
+        (snapshot is not None and not is_qcow2,
          "--snapshot is for a qcow2 INPUT; add -f qcow2"),
-        (options.diff_snapshot is not None and (options.diff is None or base_format != "qcow2"),
+        (options.diff_snapshot is not None and (diff is None or base_format != "qcow2"),
          "--diff-snapshot is for a qcow2 BASE; add --diff BASE, and -f or --diff-format qcow2"),
-        (options.bitmap is not None and not (is_qcow2 or is_uri),
+        (bitmap is not None and not (is_qcow2 or is_uri),
          "--bitmap is for a qcow2 INPUT (add -f qcow2) or an NBD server's (nbd://…)"),
-        (options.bitmap is not None and options.snapshot is not None,
+        (bitmap is not None and snapshot is not None,
          "a bitmap says what has changed in the disk as it is now; leave --snapshot out"),
         (any("data=" in each for each in options.object),
-         "--object with data=… would show the secret to whoever lists processes; put it into a "
-         "file of its own, and give file=NAME"),
+         "--object with data=… shows the secret to whoever lists processes; give file=NAME"),
         (overlay and has_external,
          f"--backing-file and {external} exclude each other: an overlay holds its own data"),
-        (overlay and not is_partial,
+        (overlay and not partials,
          "--backing-file needs --diff, --bitmap or --layout, which say what differs from it"),
         (overlay and options.backing_format is None,
-         "--backing-file needs --backing-format: a format that is left to be guessed is a "
-         "security hole; add for example -F qcow2"),
+         "--backing-file needs --backing-format: a guess would be a security hole"),
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
-        (options.image_opts and options.diff is not None and options.diff_format is None
-         and not is_nbd_uri(options.diff),
+        (options.image_opts and diff is not None and options.diff_format is None
+         and not is_nbd_uri(diff),
          "--image-opts says the format of INPUT alone; add --diff-format for BASE"),
-        (overlay and options.diff is not None and are_same_file(options.diff, name)
-         and base_format != options.backing_format,
+        (overlay and diff is not None and base_format != options.backing_format
+         and are_same_file(diff, name),
          f"BASE and the backing file are the same file, once as {base_format} and once as "
          f"{options.backing_format}; add --diff-format {options.backing_format}"),
-        (overlay and re.match("[^/]*:", name) and (not PROTOCOLS.match(name)
-                                                   or os.path.exists(name)),
-         f"QEMU takes what is before the colon of {quoted(name)} for a protocol; put ./ before "
-         "the name"),
-        (overlay and re.match("(file|host_device|host_cdrom):[^/]", name),
-         f"QEMU looks for {quoted(name)} from its own folder, not beside the overlay; give the "
-         "name alone, or an absolute one"),
+        (re.match("[^/]*:", name) and (not PROTOCOLS.match(name) or os.path.exists(name)),
+         f"QEMU takes {quoted(name)} for a protocol's address; put ./ before the name"),
+        (re.match("(file|host_device|host_cdrom):[^/]", name),
+         f"QEMU looks for {quoted(name)} from its own folder, not beside the overlay; leave out "
+         "what is before the name"),
         (overlay and not name,
          "the name of the backing file is empty; give one to --backing-file"),
         (overlay and not FORMATS.match(options.backing_format or ""),
          f"{quoted(options.backing_format or '')} is no format; give --backing-format raw, qcow2 "
          "or another that QEMU knows"),
-        (overlay and len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES,
-         f"the name of the backing file is longer than {MAX_BACKING_NAME_BYTES} bytes, qcow2's "
-         "limit; give a shorter one"),
-        (old and options.refcount_bits != 16,
+        (len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES,
+         f"the backing file's name is longer than the {MAX_BACKING_NAME_BYTES} bytes that qcow2 "
+         "has room for"),
+        (options.compress is not None and has_external,
+         f"--compress stores data in the image, but {external} does not; leave one out"),
+        (options.compress is not None and is_stream,
+         "INPUT - is read once, and compressed clusters must be measured before they are written; "
+         "write it to a file first, or compress the whole image: … - | zstd"),
+        (options.compat == "0.10" and options.compress == "zstd",
+         "--compat 0.10 has no zstd; use --compress zlib"),
+        (options.compat == "0.10" and options.extended_l2,
+         "--compat 0.10 has no extended L2 entries; leave --extended-l2 out"),
+        (options.compat == "0.10" and options.refcount_bits != 16,
          "--compat 0.10 has 16-bit refcounts only; leave --refcount-bits out"),
-        (old and has_external,
+        (options.compat == "0.10" and has_external,
          f"--compat 0.10 has no external data file; leave {external} out"),
     )  # fmt: skip
     for is_so, message in contradictions:
@@ -4739,80 +5082,63 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
 
 
 def json_reader(
-    name: str, option: str, what: str, resources: contextlib.ExitStack
+    what: str, name: str, is_fd: bool, resources: contextlib.ExitStack
 ) -> Callable[[], bytes]:
-    """What reads more bytes of a layout: of a file, standard input, or a descriptor."""
-    is_fd = option.startswith("--json-header")
-    if is_fd and not re.match(r"\d{1,9}\Z", name):
-        raise Error(f"{option}: {quoted(name)} is not the number of an open descriptor")
-    failed = f"{option}: cannot read {quoted(name)}: "
+    """What reads more of a JSON text: of a file, of standard input (-) or of a descriptor."""
+    fd = 0
     try:
-        if is_fd or name == "-":
-            fd = int(name) if is_fd else 0
+        if is_fd:
+            fd = int(name) if re.match(r"\d{1,9}\Z", name, re.ASCII) else -1
             os.fstat(fd)
-        else:
+        elif name != "-":
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
             resources.callback(os.close, fd)
-    except (OSError, ValueError) as error:
-        raise Error(failed + reason(error)) from error
-
-    def read() -> bytes:
-        while True:
-            try:
-                return os.read(fd, READ_SIZE)
-            except BlockingIOError:
-                wait_for(fd, "POLLIN")
-            except OSError as error:
-                raise Error(failed + reason(error)) from error
-
-    return read
+    except OSError as error:
+        raise Error(f"cannot read {what}: {reason(error)}") from error
+    return functools.partial(read_some, fd, READ_SIZE, what)
 
 
 class KnownDisk(NamedTuple):
-    """What XAPI's descriptors tell of a disk.
+    """What XAPI's descriptors tell of a disk, as far as they do.
 
-    info        its sizes, or None
-    ranges      all of it but what is known to be zeros, or None
-    is_whole    the map speaks of every byte, as one of qemu-img does; else it is not believed
+    size, cluster_size  in bytes
+    ranges              sorted, all of it but what is known to be zeros
+    is_whole            the map speaks of every byte, as qemu-img's does; else it is not believed
     """
 
-    info: Optional[DiskInfo]
-    ranges: Optional[RangeList]
-    is_whole: bool
+    size: Optional[int]
+    cluster_size: Optional[int]
+    ranges: Optional[RangeList] = None
+    is_whole: bool = False
 
 
 def read_known_disk(
-    name: str,
-    map_fd: Optional[str],
-    info_fd: Optional[str],
-    suffix: str,
-    resources: contextlib.ExitStack,
+    options: argparse.Namespace, prefix: str, name: str, resources: contextlib.ExitStack
 ) -> KnownDisk:
-    """Read what XAPI's descriptors say of the disk in a file."""
-    map_option, info_option = (f"--json-header-{suffix}{kind}" for kind in ("map", "info"))
-    info = None
-    entries = None
-    if map_fd is not None:
-        # All of it before the info: whoever writes both to pipes may do so in this order.
-        read = json_reader(map_fd, map_option, map_option, resources)
-        entries = list(JsonList(read, map_option))
-    if info_fd is not None:
-        read = json_reader(info_fd, info_option, info_option, resources)
-        info = read_info(b"".join(iter(read, b"")).decode("latin-1"), info_option)
+    """Read what XAPI's descriptors say of the disk in a file; prefix is "diff-" for BASE's."""
+    texts = {}  # type: Dict[str, Callable[[], bytes]]
+    map_option, info_option = (f"--json-header-{prefix}{kind}" for kind in ("map", "info"))
+    for option in (map_option, info_option):
+        fd = vars(options)[option[2:].replace("-", "_")]
+        if fd is not None:
+            texts[option] = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
+    # All of the map before the info: whoever writes both to pipes may do so in this order.
+    entries = list(JsonList(texts[map_option], map_option)) if map_option in texts else None
+    known = KnownDisk(None, None)
+    if info_option in texts:
+        text = b"".join(iter(texts[info_option], b"")).decode("latin-1")
+        known = KnownDisk(*read_info(text, info_option))
     if entries is None:
-        return KnownDisk(info, None, False)
-    if info is None:
+        return known
+    size = known.size
+    if size is None:
         with contextlib.closing(DiskFile(name, Watch())) as file:
             size = align_up(file.size, SECTOR_SIZE)
-    else:
-        size = info.virtual_size
     layout = read_layout(entries, map_option, size, False, QEMU_ALLOCATION)
-    stored, gaps = RangeList(), RangeList()
-    for start, end in layout.gaps(size):
-        gaps.add(start, end)
-    for start, end in joined(Layout(layout.data, gaps).all()):
-        stored.add(start, end)
-    return KnownDisk(info, stored, not gaps)
+    gaps = list(layout.gaps(size))
+    for start, end in gaps:
+        layout.data.add(start, end)
+    return known._replace(ranges=layout.data, is_whole=not gaps)
 
 
 class Sources(NamedTuple):
@@ -4820,17 +5146,17 @@ class Sources(NamedTuple):
 
     disk            whose image is written
     base            with which it is compared, or None
-    changed         ranges of the disk of which a dirty bitmap says that they changed, or None
+    changed         what a dirty bitmap says has changed, or None
     virtual_size    bytes, a multiple of 512
-    cluster_size    bytes, if XAPI has said it
-    is_known        what the extents of disk and base name is data: no look is needed
+    cluster_size    bytes, of the image to be written
+    is_known        the extents of disk and base name what is data: no look is needed
     """
 
     disk: Source
     base: Optional[Source]
     changed: Optional[Iterable[Range]]
     virtual_size: int
-    cluster_size: Optional[int]
+    cluster_size: int
     is_known: bool
 
 
@@ -4839,69 +5165,28 @@ def open_sources(
 ) -> Sources:
     """Open what the options name. Raises Error if something isn't there or isn't right."""
     # Read before a disk is opened, which would get the number of a descriptor that is missing.
-    known = read_known_disk(
-        options.input, options.json_header_map, options.json_header_info, "", resources
-    )
-    known_base = read_known_disk(
-        options.diff,
-        options.json_header_diff_map,
-        options.json_header_diff_info,
-        "diff-",
-        resources,
-    )
-    info = known.info
-    image = ImageName(options.input, options.format, options.image_opts)
+    known = read_known_disk(options, "", options.input, resources)
+    known_base = read_known_disk(options, "diff-", options.diff, resources)
     opener = Opener(options, watch, resources)
-    limit = info.virtual_size if info else options.size
-    disk = opener.open(image, limit, known.ranges, options.snapshot, options.bitmap)
-    changed = None
-    if options.bitmap is not None:
-        changed = opener.changed_ranges(image.name, options.bitmap, disk.size)
-    size = align_up(disk.size if info is None else info.virtual_size, SECTOR_SIZE)
+    image = ImageName(options.input, options.format, options.image_opts)
+    disk = opener.open(image, known, options.snapshot, options.bitmap)
+    size = align_up(disk.size if known.size is None else known.size, SECTOR_SIZE)
     if align_up(disk.size, SECTOR_SIZE) < size:
         raise Error(
             f"{quoted(image.name)} has {disk.size} bytes, but --json-header-info says {size}; it "
             "describes another disk"
         )
-    base = None
+    changed = base = None
     is_known = known.is_whole or options.no_scan
+    if options.bitmap is not None:
+        changed = opener.changed_ranges(disk)
     if options.diff is not None:
+        base = opener.open_base(known_base)
         is_known = known.is_whole and known_base.is_whole
-        base = open_base(options, opener, known_base)
-    return Sources(disk, base, changed, size, info.cluster_size if info else None, is_known)
-
-
-def open_base(options: argparse.Namespace, opener: "Opener", known: KnownDisk) -> Source:
-    """Open the disk that --diff names."""
-    is_uri = is_nbd_uri(options.diff)
-    fmt = options.diff_format or ("raw" if is_uri else options.format)
-    image = ImageName(options.diff, fmt, False)
-    limit = known.info.virtual_size if known.info else None
-    try:
-        base = opener.open(image, limit, known.ranges, options.diff_snapshot)
-    except Error as error:
-        is_said = options.diff_format is not None or fmt == "raw"
-        if is_said or os.path.isdir(options.diff) or not os.path.exists(options.diff):
-            raise
-        raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
-    if options.diff_format is None and (fmt, options.backing_format) == ("raw", "qcow2"):
-        refuse_if_qcow2(base, options.diff)
-    return base
-
-
-def refuse_if_qcow2(base: Source, name: str) -> None:
-    """Raise Error if a base that is to be read as raw has the first bytes of a qcow2 image.
-
-    Not to guess: a guest may have written them. But it is to be said which of both is meant.
-    """
-    magic = bytearray(len(MAGIC))
-    base.read_into(memoryview(magic), 0, Cutter(base.extents()).take(0, len(magic)))
-    if magic == MAGIC:
-        raise Error(
-            f"{quoted(name)} begins as a qcow2 image does, and the backing file is one, but "
-            "without --diff-format BASE is raw; add --diff-format qcow2, or --diff-format raw if "
-            "it is a guest that wrote these bytes"
-        )
+    if options.salvage:
+        disk, base = SalvageSource(disk), base and SalvageSource(base)
+    cluster_size = options.cluster_size or known.cluster_size or DEFAULT_CLUSTER_SIZE
+    return Sources(disk, base, changed, size, cluster_size, is_known)
 
 
 class Opener:
@@ -4913,42 +5198,23 @@ class Opener:
         self._options = options
         self._watch = watch
         self._resources = resources
-        self._nbd = None  # type: Optional[NbdExport]
 
     def open(
         self,
         image: ImageName,
-        size: Optional[int] = None,
-        ranges: Optional[Iterable[Range]] = None,
-        snapshot: Optional[str] = None,
+        known: KnownDisk,
+        snapshot: Optional[str],
         bitmap: Optional[str] = None,
     ) -> Source:
-        """Open a disk.
-
-        size, ranges    see RawSource
-        snapshot        the name or ID of an internal one
-        bitmap          the name of a dirty bitmap that an NBD server is to have
-        """
-        source = self._open(image, size, ranges, snapshot, bitmap)
-        return SalvageSource(source) if self._options.salvage else source
-
-    def _open(
-        self,
-        image: ImageName,
-        size: Optional[int],
-        ranges: Optional[Iterable[Range]],
-        snapshot: Optional[str],
-        bitmap: Optional[str],
-    ) -> Source:
-        watch, resources = self._watch, self._resources
+        """Open a disk, or an internal snapshot of it. An NBD server's must have the bitmap."""
+        watch, resources, objects = self._watch, self._resources, self._options.object
         name = image.name
         if image.is_options:
-            return open_with_qemu(image, watch, resources, self._options.object)
+            return open_with_qemu(image, watch, resources, objects)
         if name == "-":
-            return StreamSource(StreamFile(size or 0, watch), watch)
+            return StreamSource(StreamFile(self._options.size, watch), watch)
         if is_nbd_uri(name):
-            self._nbd = connect_nbd_uri(name, resources, bitmap)
-            return RawSource(self._nbd, watch, size)
+            return RawSource(connect_nbd_uri(name, resources, bitmap), watch, known.size)
         if PROTOCOLS.match(name) and not os.path.exists(name):
             hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
             if name.startswith(("file:", "host_")):
@@ -4957,18 +5223,44 @@ class Opener:
         if image.format == "raw":
             file = DiskFile(name, watch)
             resources.callback(file.close)
-            return RawSource(file, watch, size, ranges)
+            return RawSource(file, watch, known.size, known.ranges)
         source = None
         if image.format == "qcow2":
             source = open_qcow2(name, watch, resources, snapshot)
         if source is None and name.startswith(("/dev/fd/", "/dev/std", "/proc/self/")):
             image = image._replace(name=os.path.realpath(name))  # what it is to other programs
-        return source or open_with_qemu(image, watch, resources, self._options.object, snapshot)
+        return source or open_with_qemu(image, watch, resources, objects, snapshot)
 
-    def changed_ranges(self, name: str, bitmap: str, size: int) -> Iterator[Range]:
-        """The ranges of a disk that is open already of which its dirty bitmap says they changed."""
-        if self._nbd is not None:
-            return self._nbd.bitmap_ranges(size)
+    def open_base(self, known: KnownDisk) -> Source:
+        """Open the disk that --diff names. Raises Error also if its format is in doubt."""
+        options = self._options
+        name, is_said = options.diff, options.diff_format is not None
+        fmt = options.diff_format or ("raw" if is_nbd_uri(name) else options.format)
+        try:
+            base = self.open(ImageName(name, fmt, False), known, options.diff_snapshot)
+        except Error as error:
+            if is_said or fmt == "raw" or not os.path.isfile(name):
+                raise
+            raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
+        if not is_said and (fmt, options.backing_format) == ("raw", "qcow2"):
+            # Not to guess: a guest may have written it. But it is to be said which is meant.
+            magic = bytearray(len(MAGIC))
+            with contextlib.suppress(ReadError):
+                extents = Cutter(base.extents()).take(0, len(magic))
+                base.read_into(memoryview(magic), 0, extents)
+            if magic == MAGIC:
+                raise Error(
+                    f"{quoted(name)} begins as a qcow2 image does, as the backing file is one; add "
+                    "--diff-format qcow2, or --diff-format raw if it is a guest's"
+                )
+        return base
+
+    def changed_ranges(self, disk: Source) -> Iterator[Range]:
+        """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""
+        name, bitmap = self._options.input, self._options.bitmap
+        if is_nbd_uri(name) and isinstance(disk, RawSource):
+            found = disk.file.bitmap_ranges(disk.size)  # type: Iterator[Range]
+            return found
         image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
         ranges, is_recording = image.bitmap_ranges(bitmap)
         if not is_recording:
@@ -5008,8 +5300,8 @@ def make_steps(
         for start, end in sources.changed:
             layout.data.add(start, end)
     else:
-        what = f"layout {quoted(options.layout)}"
-        read = json_reader(options.layout, "--layout", what, resources)
+        what = f"--layout {quoted(options.layout)}"
+        read = json_reader(what, options.layout, False, resources)
         layout = read_layout(JsonList(read, what), what, size, overlay)
     # No layout speaks of the zeros that fill the last sector; a longer backing file has other
     # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
@@ -5031,18 +5323,24 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
             "can't express; export it without --data-file"
         )
     if external and geometry.cluster_size == SECTOR_SIZE:
-        raise Error(
-            "an external data file needs clusters of at least 1024 bytes, for its name; choose a "
-            "larger --cluster-size"
-        )
+        raise Error("an external data file needs a --cluster-size of 1024 or more, for its name")
     header = Header(
         version=2 if options.compat == "0.10" else 3,
         data_file_name=os.fsencode(options.input) if external else None,
         data_file_raw=options.data_file_raw,
         backing_file=None if options.backing_file is None else os.fsencode(options.backing_file),
         backing_format=os.fsencode(options.backing_format or ""),
+        compression=options.compress or "zlib",
     )
     return header.fitted(geometry.cluster_size)
+
+
+def make_packer(options: argparse.Namespace, disk: Source, cluster_size: int) -> Optional[Packer]:
+    """What compresses the disk's clusters, if that is asked for."""
+    if options.compress is None:
+        return None
+    memory = min(disk.size, options.compress_memory)
+    return Packer(cluster_size, disk, options.compress, 0 if options.measure else memory)
 
 
 def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: "Progress") -> int:
@@ -5056,22 +5354,20 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     sources = open_sources(options, watch, resources)
     if guard:
         guard.refuse_if_source(watch)
-        if options.backing_file is not None:
-            guard.refuse_if_named(options.backing_file)
-            warn_of_backing_file(guard.beside(options.backing_file), options.backing_format)
-    cluster_size = options.cluster_size or sources.cluster_size or DEFAULT_CLUSTER_SIZE
-    geometry = Geometry(sources.virtual_size, cluster_size, options.refcount_bits)
+        look_at_backing_file(options, guard)
+    geometry = Geometry(sources.virtual_size, sources.cluster_size, options.refcount_bits)
     geometry.refuse_if_too_large()
     header = make_header(options, geometry)
     progress.watch(watch, options.live)
 
     # Scan: what each guest cluster will be.
+    size, cluster_size = geometry.virtual_size, geometry.cluster_size
     readers = Readers(options.parallel, ReadPolicy(reads_all=options.salvage), cluster_size)
     cluster_map = ClusterMap(geometry.cluster_count, geometry.table_entries)
-    size = geometry.virtual_size
     progress.enter("scan", size, lambda: min(size, len(cluster_map) * cluster_size))
-    steps = make_steps(options, sources, geometry, readers.policy, resources)
-    fill_map(cluster_map, steps, readers)
+    fill_map(
+        cluster_map, make_steps(options, sources, geometry, readers.policy, resources), readers
+    )
 
     # Plan: where everything goes.
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
@@ -5081,7 +5377,8 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     if options.measure:
         progress.end_watch()
         full = make_plan(geometry, geometry.l1_entries, has_data and geometry.cluster_count)
-        output.write(measurement(plan, full, options.output == "json"))
+        text = MEASUREMENTS[options.output or "human"].format(plan.file_size, full.file_size)
+        output.write(text.encode("ascii"))
         output.flush()
         return report_damage(sources)
 
@@ -5100,6 +5397,12 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     return report_damage(sources)
 
 
+MEASUREMENTS = {  # as qemu-img measure prints them: of now, and of a disk without any zeros
+    "human": "required size: {}\nfully allocated size: {}\n",
+    "json": '{{"required": {}, "fully-allocated": {}}}\n',
+}
+
+
 def report_damage(sources: Sources) -> int:
     """Name each range of the guest's addresses that could not be read. Returns the exit status."""
     status = 0
@@ -5110,32 +5413,28 @@ def report_damage(sources: Sources) -> int:
     return status
 
 
-def warn_of_backing_file(path: Optional[str], fmt: str) -> None:
-    """Warn if what the image names is there, but not what it is said to be, or not whole."""
+def look_at_backing_file(options: argparse.Namespace, guard: OutputGuard) -> None:
+    """Warn if what the image names is there, but not what it is said to be, or not whole.
+
+    Raises Error if the output would overwrite it.
+    """
+    if options.backing_file is None:
+        return
+    guard.refuse_if_named(options.backing_file)
+    path = guard.beside(options.backing_file)
     if path is None or not os.path.isfile(path):
         return
     with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
         try:
             image = Qcow2Image(path, Watch(), resources)
-            if fmt == "raw":
+            if options.backing_format == "raw":
                 warn(
                     f"the backing file {quoted(path)} begins as a qcow2 image does; is it -F qcow2?"
                 )
             image.check_end()
         except Error as error:
-            if fmt == "qcow2":
+            if options.backing_format == "qcow2":
                 warn(f"the backing file is no whole qcow2 image now: {error}")
-
-
-def measurement(plan: Plan, full: Plan, as_json: bool) -> bytes:
-    """The sizes that an image has now, and would have without a zero, as qemu-img prints them."""
-    if as_json:
-        import json
-
-        sizes = {"required": plan.file_size, "fully-allocated": full.file_size}
-        return json.dumps(sizes).encode("ascii") + b"\n"
-    lines = f"required size: {plan.file_size}\nfully allocated size: {full.file_size}\n"
-    return lines.encode("ascii")
 
 
 class Progress:
@@ -5147,62 +5446,56 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self._phase = "starting"
-        self._total = 0
+        self._phase, self._total = "starting", 0
         self._done = lambda: 0  # type: Callable[[], int]
         self._began = self._entered = self._drew = self._looked = time.monotonic()
         self._interval = 0.0  # seconds between two drawings; 0: none
+        self._clear = ""  # what removes a line from a terminal, that the next one replaces
+        self._is_drawn = self._is_busy = False
         self._watch = None  # type: Optional[Watch]
         self._is_live = False
-        self._is_mute = self._is_busy = False
-        self._is_terminal = False
-        self._is_drawn = False
 
-    def catch_signal(self) -> None:
-        """Answer SIGUSR1, unless it is ignored, or the answer would get into the image."""
-        if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
-            self._is_mute = stderr_is_the_output()
-            signal.signal(signal.SIGUSR1, lambda _signum, _frame: self._print())
+    def start(self, is_shown: bool) -> None:
+        """Answer SIGUSR1, unless it is ignored, and the timer's signal.
 
-    def turn_on(self) -> None:
-        """Say something every so often: redrawn on a terminal, a line into anything else.
+        is_shown    say something every so often: redrawn on a terminal, a line into a log
 
         Raises Error if it would get into the image.
         """
-        if stderr_is_the_output():
+        if is_shown and stderr_is_the_output():
             raise Error(
-                "standard error goes where the image goes, and what --progress says would get "
-                "into it; redirect one of them, for example by 2> LOG"
+                "--progress would get into the image, where standard error goes, too; redirect "
+                "one of them, for example by 2> LOG"
             )
-        with contextlib.suppress(OSError):
-            self._is_terminal = os.isatty(2)
-        self._interval = TERMINAL_INTERVAL if self._is_terminal else LOG_INTERVAL
-        self._set_timer()
+        if is_shown:
+            is_terminal = os.isatty(2)
+            self._interval = TERMINAL_INTERVAL if is_terminal else LOG_INTERVAL
+            self._clear = "\r\x1b[K" if is_terminal else ""
+        if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+            signal.signal(signal.SIGUSR1, lambda _signum, _frame: self._show(stays=True))
+        signal.signal(signal.SIGALRM, lambda _signum, _frame: self._tick())
+        interval = min(self._interval or WATCH_INTERVAL, WATCH_INTERVAL)
+        signal.setitimer(signal.ITIMER_REAL, interval, interval)
 
-    def turn_off(self) -> None:
+    def stop(self) -> None:
         """Say no more; what was drawn on a terminal stays as a line."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self._interval = 0.0
-        self._set_timer()
         if self._is_drawn:
             report("")
             self._is_drawn = False
 
-    def watch(self, watch: Watch, is_live: bool = False) -> None:
-        """Look from now on whether a source changes, which ends the run.
-
-        is_live     that is but a warning, once
-        """
+    def watch(self, watch: Watch, is_live: bool) -> None:
+        """Look from now on whether a source changes, which ends the run, or is but a warning."""
         self._watch, self._is_live = watch, is_live
-        self._set_timer()
 
     def end_watch(self) -> None:
         """Look a last time. What changes from now on does not count any more."""
-        watch, self._watch = self._watch, None
-        self._set_timer()
-        if watch is not None:
-            self._judge(watch.check(is_last=True))
+        self._look(is_last=True)
+        self._watch = None
 
-    def _judge(self, change: Optional[str]) -> None:
+    def _look(self, is_last: bool = False) -> None:
+        change = self._watch.check(is_last) if self._watch else None
         if change is None:
             return
         if not self._is_live:
@@ -5210,20 +5503,14 @@ class Progress:
         self._watch = None
         warn(f"{change}; the image is not of one moment")
 
-    def _set_timer(self) -> None:
-        wanted = [each for each in (self._interval, self._watch and WATCH_INTERVAL) if each]
-        interval = min(wanted, default=0)
-        signal.signal(signal.SIGALRM, lambda _signum, _frame: self._tick())
-        signal.setitimer(signal.ITIMER_REAL, interval, interval)
-
     def _tick(self) -> None:
         now = time.monotonic()
         if self._interval and now >= self._drew + self._interval * 0.9:
             self._drew = now
-            self._draw()
-        if self._watch is not None and now >= self._looked + WATCH_INTERVAL * 0.9:
+            self._show(stays=False)
+        if now >= self._looked + WATCH_INTERVAL * 0.9:
             self._looked = now
-            self._judge(self._watch.check())
+            self._look()
 
     def enter(self, phase: str, total: int = 0, done: Callable[[], int] = lambda: 0) -> None:
         """Begin a phase of `total` bytes, of which done() says how many are behind."""
@@ -5242,33 +5529,24 @@ class Progress:
             f"{human(self._total)}  {human(rate)}/s  {left} left"
         )
 
-    def _print(self) -> None:
-        if self._is_mute or self._is_busy:
+    def _show(self, stays: bool) -> None:
+        if self._is_busy or stderr_is_the_output():
             return
         self._is_busy = True  # a storm of signals would interrupt one answer by the next
-        self._is_drawn = False
-        start = "\r\x1b[K" if self._is_terminal and self._interval else ""
-        report(start + self.line(), seconds=0)
+        self._is_drawn = bool(self._clear) and not stays
+        report(self._clear + self.line(), end="" if self._is_drawn else "\n", seconds=0)
         self._is_busy = False
-
-    def _draw(self) -> None:
-        if self._is_terminal:
-            self._is_drawn = True
-            report("\r\x1b[K" + self.line(), end="", seconds=0)
-        else:
-            self._print()
 
     def finish(self, size: int, data: int, written: int) -> None:
         """Sum up, all in bytes: the disk's size, its data, the image."""
         if not self._interval:
             return
+        self._is_drawn = False  # this replaces it
+        self.stop()
         seconds = time.monotonic() - self._began
         rate = written / seconds if seconds else 0.0
-        start = "\r\x1b[K" if self._is_drawn else ""
-        self._is_drawn = False
-        self.turn_off()
         report(
-            f"{start}disk {human(size)}: {human(data)} data, {human(size - data)} zeros or "
+            f"{self._clear}disk {human(size)}: {human(data)} data, {human(size - data)} zeros or "
             f"unchanged; image {human(written)} in {duration(seconds)} ({human(rate)}/s)"
         )
 
@@ -5346,11 +5624,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     At once: nothing is left for Python to do, and its end would wait for readers at work.
     """
-    try:
-        status = run_to_status(argv)
-    except SystemExit as ending:  # argparse's
-        status = int(ending.code or 0)
-    os._exit(status)
+    os._exit(run_to_status(argv))
 
 
 def run_to_status(argv: Optional[Sequence[str]]) -> int:
@@ -5366,15 +5640,15 @@ def run_to_status(argv: Optional[Sequence[str]]) -> int:
                 signal.signal(signum, lambda signum, _frame: os._exit(128 + signum))
         # Where it is ignored, nobody can learn how a child has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        progress.catch_signal()
         options = make_parser().parse_args(argv)
-        if options.progress:
-            progress.turn_on()
+        progress.start(options.progress)
         try:
             with contextlib.ExitStack() as resources:
                 return run(options, resources, progress)
         finally:
-            progress.turn_off()
+            progress.stop()
+    except SystemExit as ending:  # argparse's
+        return int(ending.code or 0)
     except Error as error:
         report(f"{PROGRAM}: error: {error}")
     except MemoryError:

@@ -227,8 +227,6 @@ CONTRADICTIONS = [
     (["-b", "N", "-F", "a,b=c", "--diff", "D"], "format"),
     (["-b", "N", "-F", "QCOW2", "--diff", "D"], "is no format"),
     (["-b", "file:N", "-F", "raw", "--diff", "D"], "from its own folder"),
-    (["-b", 'json:{"file.filename": "N"}', "-F", "raw", "--diff", "D"], "from its own folder"),
-    (["-b", "json:{'file.filename':'N'}", "-F", "raw", "--diff", "D"], "from its own folder"),
     (["-b", "N" * 1024, "-F", "raw", "--diff", "D"], "1023"),
     (["-b", "N" * 377, "-F", "raw", "--diff", "D", "-c", "512"], "does not fit"),
     (["--compat", "0.10", "-r", "1"], "16-bit"),

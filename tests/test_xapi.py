@@ -38,11 +38,23 @@ class Vdi(NamedTuple):
     info: bytes
 
 
-def make_vdi(folder: Path, name: str, size: int, writes: List[str], cluster_size: int) -> Vdi:
-    """A qcow2 image with some writes (qemu-io's words), and its three faces."""
+def make_vdi(
+    folder: Path,
+    name: str,
+    size: int,
+    writes: List[str],
+    cluster_size: int,
+    snapshot_of: Optional[str] = None,
+    subclusters: bool = False,
+) -> Vdi:
+    """A qcow2 image with some writes (qemu-io's words), and its three faces.
+
+    snapshot_of     the name of the one that becomes its backing file
+    """
     image = folder / f"{name}.qcow2"
-    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}",
-         str(image), str(size))  # fmt: skip
+    options = f"cluster_size={cluster_size}" + ",extended_l2=on" * subclusters
+    below = ["-b", f"{snapshot_of}.qcow2", "-F", "qcow2"] if snapshot_of else []
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *below, str(image), str(size))
     for words in writes:
         qemu("qemu-io", "-f", "qcow2", "-c", words, str(image))
     raw = folder / f"{name}.raw"
@@ -112,6 +124,45 @@ def test_a_full_export(tmp_path: Path, size: int, cluster_size: int) -> None:
     assert parsed.size == size
     assert parsed.cluster_size == cluster_size, "XAPI's copy takes the source's"
     assert imported(export(vdi, None, "-c", "64K")).cluster_size == 65536
+
+
+# Name -> cluster size, and whether each cluster has 32 subclusters of its own.
+SNAPSHOTS = {
+    "clusters of 16 KiB": (16384, False),
+    "subclusters of a sector": (16384, True),
+    "subclusters of a page": (131072, True),
+    "subclusters of 64 KiB": (2 * MIB, True),
+}
+
+
+@pytest.mark.parametrize("kind", SNAPSHOTS)
+def test_a_snapshot_of_xcp_ng(tmp_path: Path, kind: str) -> None:
+    """The disk is an overlay: its map tells of parts of clusters, from the image and from below."""
+    size = 8 * MIB + 512
+    cluster_size, subclusters = SNAPSHOTS[kind]
+    below = [*WRITES, "write -P 5 6M 512k", f"write -P 9 {size - 512} 512"]
+    base = make_vdi(tmp_path, "base", size, below, 65536)
+    changed = [
+        "write -P 4 3M 512",
+        "write -P 6 3200000 4096",
+        "write -P 7 131072 4096",  # a subcluster among those of the base
+        "write -P 8 200704 65536",
+        "write -z 6M 4096",
+        "write -z 6500k 64k",
+        "discard 2M 64k",
+        f"write -P 3 {size - 1024} 512",
+    ]
+    disk = make_vdi(tmp_path, "disk", size, changed, cluster_size, "base", subclusters)
+    content, before = padded(disk.raw.read_bytes()), base.raw.read_bytes()
+    assert content != padded(before)
+    full = imported(export(disk))
+    assert (full.over(), full.cluster_size) == (content, cluster_size)
+    for options, base_map in (([], True), ([], False), (["-c", "4K"], True), (["-c", "64K"], True)):
+        difference = imported(export(disk, base, *options, base_map=base_map))
+        assert difference.over(before) == content
+        assert len(difference.data) * difference.cluster_size < len(full.data) * cluster_size
+    again = imported(export(base, disk))  # back again: reverted to the snapshot
+    assert again.over(disk.raw.read_bytes()) == padded(before)
 
 
 def test_what_the_map_calls_data_is_not_read_before(tmp_path: Path) -> None:

@@ -55,16 +55,17 @@ def wrapped(tmp_path: Path, script: str) -> Dict[str, str]:
 
 
 def leftovers(folder: Path) -> List[str]:
-    """Folders, mounts and daemons of programs that had this temporary folder."""
+    """Folders, mounts and processes of QEMU's that programs with this temporary folder left."""
     found = [str(path) for path in folder.iterdir()]
     found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            arguments = os.fsdecode((status.parent / "cmdline").read_bytes())
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if arguments.startswith("qemu-storage-daemon") and str(folder) in arguments:
-            found.append(arguments)
+        if b"qemu-" in arguments[0] and os.fsencode(f"TMPDIR={folder}") in environment:
+            found.append(f"{process.name}: {arguments[0].decode()}")
     return found
 
 
