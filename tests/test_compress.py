@@ -312,12 +312,11 @@ def test_progress_says_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-d", "--compress", "zlib"], ["--data-file", "leave one of them out"]),
+        (["-d", "--compress", "zlib"], ["--data-file", "leave one out"]),
         (["-R", "--compress", "zlib"], ["--data-file-raw"]),
         (["--compat", "0.10", "--compress", "zstd"], ["use --compress zlib"]),
         (["--compat", "0.10", "--extended-l2"], ["leave --extended-l2 out"]),
         (["--extended-l2", "-c", "8K"], ["at least 16 KiB"]),
-        (["--compress-memory", "1M"], ["add --compress"]),
     ],
 )
 def test_what_does_not_go_together(tmp_path: Path, options: List[str], words: List[str]) -> None:

@@ -223,6 +223,17 @@ def test_chains_of_members_of_other_sizes_and_cluster_sizes(tmp_path: Path, seed
     assert_read(below)
 
 
+def test_an_overlay_that_is_larger_than_the_device_below(
+    tmp_path: Path, loop_device: Callable[..., str]
+) -> None:
+    """What the overlay holds close behind the device's end is as it should be."""
+    device = loop_device(write_disk(tmp_path / "raw", 1000 * KIB, [(0, noise(1000 * KIB))]))
+    image = overlay(tmp_path / "a.qcow2", Path(device), "raw", "-o", "cluster_size=4k")
+    shell("qemu-img", "resize", "-q", "-f", "qcow2", image, "4M")
+    qemu_io(image, "write -P 93 1004k 1k", "write -P 93 1012k 1k", "write -P 94 2M 1k")
+    assert exported(image) == judged(image)
+
+
 def test_a_chain_that_contains_itself(tmp_path: Path) -> None:
     image = make(tmp_path / "a.qcow2", MIB)
     top = make(tmp_path / "b.qcow2", MIB, over=image)
@@ -548,11 +559,11 @@ def test_what_members_of_a_chain_share_is_not_read_by_diff(
     first = fuse_disk(base, direct=True, count=True)
     relinked(one, first.path)
     options = ["--diff", one, "-b", tmp_path / "one.qcow2", "-F", "qcow2"]
-    overlay = stream("-f", "qcow2", two, *options, env=NO_PROGRAMS)
+    difference = stream("-f", "qcow2", two, *options, env=NO_PROGRAMS)
     # What was written over is compared with what was there before, 64 KiB at a time.
     compared = MIB + 3 * 64 * KIB
     assert bytes_read(first, MIB) <= compared + 512 * KIB
-    (tmp_path / "diff.qcow2").write_bytes(overlay)
+    (tmp_path / "diff.qcow2").write_bytes(difference)
     assert judged(tmp_path / "diff.qcow2") == expected
     again = fuse_disk(base, direct=True, count=True)
     relinked(one, again.path)
@@ -573,7 +584,7 @@ class Counting:
     def __init__(self, *arguments):
         self.object = real(*arguments)
     def decompress(self, data, *rest):
-        os.write(log, bytes(data[:24]).hex().encode() + b"\\n")
+        os.write(log, bytes(data[:200]).hex().encode() + b"\\n")
         return self.object.decompress(data, *rest)
 zlib.decompressobj = Counting
 """
@@ -588,7 +599,8 @@ def test_a_compressed_cluster_is_inflated_once(
     raw = write_disk(tmp_path / "raw", 16 * MIB, [(0, text)])
     image = tmp_path / "a.qcow2"
     shell("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, image)
-    env = altered(tmp_path, COUNTED_INFLATION % str(tmp_path / "counts"))
+    (tmp_path / "altered").mkdir()
+    env = altered(tmp_path / "altered", COUNTED_INFLATION % str(tmp_path / "counts"))
     env["PATH"] = "/nonexistent"
     fuse = fuse_disk(image, direct=True, count=True)
     assert exported(fuse.path, env=env) == raw.read_bytes()
