@@ -977,6 +977,11 @@ def decompress_frame(library: Any, data: bytes, length: int, size: int) -> bytes
     return ctypes.string_at(target, count)
 
 
+def c_string(name: bytes) -> str:
+    """A name in a header, which a NUL byte ends before its place does."""
+    return os.fsdecode(name.split(b"\0")[0])
+
+
 class Qcow2Image:
     """One qcow2 image: where its guest clusters are, as its tables say.
 
@@ -1005,7 +1010,7 @@ class Qcow2Image:
         self.file = DiskFile(path, watch)
         resources.callback(self.file.close)
         self.identity = self.file.identity
-        first = self.file.read(0, min(self.file.size, 2 << 20))
+        first = self.file.read(0, min(self.file.size, 64 << 10))
         try:
             self.header = header = unpack_header(first)
         except ValueError as error:
@@ -1027,10 +1032,9 @@ class Qcow2Image:
         start, length = header["backing_file_offset"], header["backing_file_size"]
         if start and (length > MAX_BACKING_NAME_BYTES or start + length > self.cluster_size):
             raise self.corrupt(f"a backing file's name of {length} bytes at offset {start}")
-        name = first[start : start + length] if start else b""
-        self.backing_file = os.fsdecode(name) or None
-        backing_format = self._extensions.get(EXTENSION_BACKING_FORMAT)
-        self.backing_format = backing_format and os.fsdecode(backing_format)
+        name = self._read(start, length) if start else b""
+        self.backing_file = c_string(name) or None
+        self.backing_format = c_string(self._extensions.get(EXTENSION_BACKING_FORMAT, b""))
         if not needs_tables:
             return
         self._open_data_file(watch, resources)
@@ -1073,7 +1077,7 @@ class Qcow2Image:
         self._data_file = self.file
         if not self._is_external:
             return
-        name = os.fsdecode(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
+        name = c_string(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
         if not name:
             raise NeedsQemu()
         # QEMU looks for it in the current folder, and people beside the image.
@@ -1369,7 +1373,7 @@ class ChainSource(Source):
         member = self._members[depth]
         end = min(end, member.size)
         if isinstance(member, DiskFile):
-            for first, last in member.data_ranges(end, start):
+            for first, last in member.data_ranges(end, start) if start < end else ():
                 yield first, last, member, first, 0
             return
         has_more = depth + 1 < len(self._members)
@@ -1407,7 +1411,7 @@ def open_qcow2(
             raise Error(f"the chain of {members[0].file.label} contains {image.file.label} twice")
         image.refuse_if_open_for_writing()
         members.append(image)
-        name, fmt = image.backing_file, image.backing_format or ""
+        name, fmt = image.backing_file, image.backing_format
         if name is None:
             return ChainSource(members, watch)
         if fmt not in ("raw", "qcow2") or re.match("[^/]*:", name):
@@ -4803,7 +4807,6 @@ PROTOCOLS = re.compile(
     r"https?|iscsi|iser|nbd(\+(tcp|unix))?|nfs|null-(aio|co)|nvme|rbd|ssh):"
 )
 COMPRESS_MEMORY = 256 << 20  # bytes of compressed clusters that wait for the copy
-SIZE_SUFFIXES = "KMGTPE"  # powers of 1024, as qemu-img takes them
 
 EPILOG = f"""\
 examples:
@@ -4845,22 +4848,20 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_size(text: str) -> Optional[int]:
-    """A number of bytes, from `65536`, `64K` or `1T`; None for anything else."""
-    match = re.match(rf"(0|[1-9]\d{{,19}})([{SIZE_SUFFIXES}]?)\Z", text, re.ASCII | re.IGNORECASE)
-    if not match:
-        return None
-    return int(match.group(1)) << 10 * (" " + SIZE_SUFFIXES).index(match.group(2).upper() or " ")
+def parse_size(text: str) -> int:
+    """A number of bytes, from `65536`, `64K` or `1T` as qemu-img takes it; -1 for anything else."""
+    match = re.match(r"(0|[1-9]\d{,19})([KMGTPE]?)\Z", text.upper(), re.ASCII)
+    return int(match.group(1)) << 10 * " KMGTPE".index(match.group(2) or " ") if match else -1
 
 
 def number_in(values: Sequence[int], what: str) -> Callable[[str], int]:
     """An argument's type: one of some numbers, that are called `what` in messages."""
 
     def parse(text: str) -> int:
-        number, plain = parse_size(text), text.rstrip("iBb")
-        if number is not None and number in values:
-            return number
-        hint = f"; write {plain}" if plain != text and parse_size(plain) in values else ""
+        if parse_size(text) in values:
+            return parse_size(text)
+        plain = text.rstrip("iBb")
+        hint = f"; write {plain}" if parse_size(plain) in values else ""
         if parse_size(text + "K") in values:
             hint = f"; did you mean {text}K?"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}{hint}")
@@ -4978,19 +4979,15 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     form = "--image-opts" if options.image_opts else f"--format {options.format}"
     base_format = options.diff_format or options.format
     contradictions = (
-        (not is_stream and options.size is not None,
-         "--size is for INPUT -, which can't be asked for its size; leave it out"),
+        (not is_stream and options.size is not None, "--size is for INPUT - only; leave it out"),
         (is_stream and options.format != "raw",
-         f"INPUT - is read once, and {options.format} must be read here and there; write it to a "
-         "file first"),
-        (is_stream and options.size is None,
-         "INPUT - is a stream, whose size must be known first; add --size"),
+         f"INPUT - comes once, and {options.format} must be read here and there; write it to a file"),
+        (is_stream and options.size is None, "the size of INPUT - must be known first; add --size"),
         (is_stream and (maps or has_external or options.salvage),
          "INPUT - is read once; leave --data-file, --json-header and --salvage options out"),
         (is_stream and diff is not None,
          "INPUT - is read once, and a comparison reads twice; use --layout instead of --diff"),
-        (diff == "-",
-         "BASE can't be a stream: it would be read more than once; a file of that name is ./-"),
+        (diff == "-", "BASE is read more than once, and - comes once; a file of that name is ./-"),
         (is_stream and layout == "-",
          "standard input can't be both INPUT and the layout; put the layout into a file"),
         (options.output is not None and not options.measure,
@@ -5005,10 +5002,9 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          f"an NBD server shows a disk as it is: leave -f {options.format} out"),
         ((has_format or is_uri) and has_external,
          f"{external} refers to a raw file, but INPUT is {'a server' if is_uri else form}"),
-        ((maps or base_maps) and has_format or base_maps and base_format != "raw",
+        ((has_format and maps) or (base_maps and (has_format or base_format != "raw")),
          "the --json-header options describe raw disks; leave --format and --diff-format out"),
-        (options.diff_format is not None and diff is None,
-         "--diff-format is the format of BASE; add --diff BASE"),
+        (options.diff_format is not None and diff is None, "--diff-format needs --diff BASE"),
         (not all(re.match(r"[\w-]+\Z", each, re.ASCII) for each in (options.format, base_format)),
          "a format is a name such as raw, qcow2 or vmdk"),
         (len(partials) > 1,
@@ -5016,16 +5012,13 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (options.no_scan and diff is not None,
          "--diff compares, and --no-scan does not look; leave one of them out"),
         ((partials or maps) and has_external,
-         f"{external} refers to all of the disk; leave --diff, --bitmap, --layout and "
-         "--json-header-map out"),
+         f"{external} is all of the disk; leave --diff, --bitmap, --layout, --json-header-map out"),
         (maps and layout is not None,
          "--layout and --json-header-map both say where data is; give one of them"),
-        (base_maps and diff is None,
-         "--json-header-diff-map and --json-header-diff-info describe BASE; add --diff BASE"),
+        (base_maps and diff is None, "--json-header-diff options describe BASE; add --diff BASE"),
         ((snapshot or "").startswith("snapshot."),
          "--snapshot takes the name or the ID itself, without snapshot.name= before it"),
-        (snapshot is not None and not is_qcow2,
-         "--snapshot is for a qcow2 INPUT; add -f qcow2"),
+        (snapshot is not None and not is_qcow2, "--snapshot is for a qcow2 INPUT; add -f qcow2"),
         (options.diff_snapshot is not None and (diff is None or base_format != "qcow2"),
          "--diff-snapshot is for a qcow2 BASE; add --diff BASE, and -f or --diff-format qcow2"),
         (bitmap is not None and not (is_qcow2 or is_uri),
@@ -5052,29 +5045,21 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (re.match("[^/]*:", name) and (not PROTOCOLS.match(name) or os.path.exists(name)),
          f"QEMU takes {quoted(name)} for a protocol's address; put ./ before the name"),
         (re.match("(file|host_device|host_cdrom):[^/]", name),
-         f"QEMU looks for {quoted(name)} from its own folder, not beside the overlay; leave out "
-         "what is before the name"),
-        (overlay and not name,
-         "the name of the backing file is empty; give one to --backing-file"),
+         f"QEMU looks for {quoted(name)} from its own folder; leave out what is before the colon"),
+        (overlay and not name, "the name of the backing file is empty; give one"),
         (overlay and not FORMATS.match(options.backing_format or ""),
-         f"{quoted(options.backing_format or '')} is no format; give --backing-format raw, qcow2 "
-         "or another that QEMU knows"),
+         f"{quoted(options.backing_format or '')} is no format of QEMU's, such as raw or qcow2"),
         (len(os.fsencode(name)) > MAX_BACKING_NAME_BYTES,
-         f"the backing file's name is longer than the {MAX_BACKING_NAME_BYTES} bytes that qcow2 "
-         "has room for"),
+         f"a backing file's name has at most {MAX_BACKING_NAME_BYTES} bytes; give a shorter one"),
         (options.compress is not None and has_external,
-         f"--compress stores data in the image, but {external} does not; leave one out"),
+         f"--compress stores data in the image, and {external} does not; leave one of them out"),
         (options.compress is not None and is_stream,
-         "INPUT - is read once, and compressed clusters must be measured before they are written; "
+         "INPUT - is read once, and compressed clusters are measured before they are written; "
          "write it to a file first, or compress the whole image: … - | zstd"),
-        (options.compat == "0.10" and options.compress == "zstd",
-         "--compat 0.10 has no zstd; use --compress zlib"),
-        (options.compat == "0.10" and options.extended_l2,
-         "--compat 0.10 has no extended L2 entries; leave --extended-l2 out"),
-        (options.compat == "0.10" and options.refcount_bits != 16,
-         "--compat 0.10 has 16-bit refcounts only; leave --refcount-bits out"),
-        (options.compat == "0.10" and has_external,
-         f"--compat 0.10 has no external data file; leave {external} out"),
+        (options.compat == "0.10" and (has_external or options.refcount_bits != 16
+                                       or options.compress == "zstd" or options.extended_l2),
+         "--compat 0.10 has 16-bit refcounts, no external data file, no zstd (use --compress zlib) "
+         "and no extended L2 entries (leave --extended-l2 out)"),
     )  # fmt: skip
     for is_so, message in contradictions:
         if is_so:
@@ -5106,8 +5091,8 @@ class KnownDisk(NamedTuple):
     is_whole            the map speaks of every byte, as qemu-img's does; else it is not believed
     """
 
-    size: Optional[int]
-    cluster_size: Optional[int]
+    size: Optional[int] = None
+    cluster_size: Optional[int] = None
     ranges: Optional[RangeList] = None
     is_whole: bool = False
 
@@ -5116,25 +5101,26 @@ def read_known_disk(
     options: argparse.Namespace, prefix: str, name: str, resources: contextlib.ExitStack
 ) -> KnownDisk:
     """Read what XAPI's descriptors say of the disk in a file; prefix is "diff-" for BASE's."""
-    texts = {}  # type: Dict[str, Callable[[], bytes]]
-    map_option, info_option = (f"--json-header-{prefix}{kind}" for kind in ("map", "info"))
-    for option in (map_option, info_option):
+    known, entries = KnownDisk(), None  # type: KnownDisk, Optional[List[Any]]
+    for kind in ("map", "info"):  # who writes both to pipes may do so in this order
+        option = f"--json-header-{prefix}{kind}"
         fd = vars(options)[option[2:].replace("-", "_")]
-        if fd is not None:
-            texts[option] = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
-    # All of the map before the info: whoever writes both to pipes may do so in this order.
-    entries = list(JsonList(texts[map_option], map_option)) if map_option in texts else None
-    known = KnownDisk(None, None)
-    if info_option in texts:
-        text = b"".join(iter(texts[info_option], b"")).decode("latin-1")
-        known = KnownDisk(*read_info(text, info_option))
+        if fd is None:
+            continue
+        read = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
+        if kind == "map":
+            entries = list(JsonList(read, option))
+        else:
+            text = b"".join(iter(read, b"")).decode("latin-1")
+            known = KnownDisk(*read_info(text, option))
     if entries is None:
         return known
     size = known.size
     if size is None:
         with contextlib.closing(DiskFile(name, Watch())) as file:
             size = align_up(file.size, SECTOR_SIZE)
-    layout = read_layout(entries, map_option, size, False, QEMU_ALLOCATION)
+    what = f"--json-header-{prefix}map"
+    layout = read_layout(entries, what, size, False, QEMU_ALLOCATION)
     gaps = list(layout.gaps(size))
     for start, end in gaps:
         layout.data.add(start, end)
@@ -5239,7 +5225,7 @@ class Opener:
         try:
             base = self.open(ImageName(name, fmt, False), known, options.diff_snapshot)
         except Error as error:
-            if is_said or fmt == "raw" or not os.path.isfile(name):
+            if is_said or fmt == "raw" or not os.path.exists(name):
                 raise
             raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
         if not is_said and (fmt, options.backing_format) == ("raw", "qcow2"):
@@ -5259,8 +5245,7 @@ class Opener:
         """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""
         name, bitmap = self._options.input, self._options.bitmap
         if is_nbd_uri(name) and isinstance(disk, RawSource):
-            found = disk.file.bitmap_ranges(disk.size)  # type: Iterator[Range]
-            return found
+            return disk.file.bitmap_ranges(disk.size)  # type: ignore[no-any-return]
         image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
         ranges, is_recording = image.bitmap_ranges(bitmap)
         if not is_recording:
@@ -5314,14 +5299,22 @@ def make_steps(
     return probed_steps(disk, cluster_runs(layout.all(), cluster_size), state, count, probe, policy)
 
 
+def make_geometry(options: argparse.Namespace, sources: Sources) -> Geometry:
+    """What follows from the disk's size. Raises Error for what qcow2 does not allow."""
+    geometry = Geometry(
+        sources.virtual_size, sources.cluster_size, options.refcount_bits, options.extended_l2
+    )
+    geometry.refuse_if_too_large()
+    if geometry.is_extended and geometry.cluster_size < MIN_EXTENDED_CLUSTER_SIZE:
+        raise Error("--extended-l2 needs clusters of at least 16 KiB; choose --cluster-size 16K")
+    return geometry
+
+
 def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
     """What the image's first cluster is to say. Raises Error where it has no room for it."""
     external = options.data_file or options.data_file_raw
     if external and geometry.virtual_size > MAX_HOST_OFFSET:
-        raise Error(
-            f"a data file of {geometry.virtual_size} bytes has offsets past 2^56, which qcow2 "
-            "can't express; export it without --data-file"
-        )
+        raise Error("qcow2 knows no offsets past 2^56; export so large a disk without --data-file")
     if external and geometry.cluster_size == SECTOR_SIZE:
         raise Error("an external data file needs a --cluster-size of 1024 or more, for its name")
     header = Header(
@@ -5347,60 +5340,61 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     """Go through the rooms. Returns the exit status. Raises Error and ConsumerGone."""
     refuse_contradictions(options)
     output = Output(1, is_text=options.measure)
-    # Sources: where guest bytes are.
-    watch = Watch()
     guard = None if options.measure else OutputGuard(output)
+    # Sources: where guest bytes are.
     progress.enter(f"opening {quoted(options.input)}")
+    watch = Watch()
     sources = open_sources(options, watch, resources)
     if guard:
         guard.refuse_if_source(watch)
         look_at_backing_file(options, guard)
-    geometry = Geometry(sources.virtual_size, sources.cluster_size, options.refcount_bits)
-    geometry.refuse_if_too_large()
+    geometry = make_geometry(options, sources)
     header = make_header(options, geometry)
     progress.watch(watch, options.live)
-
     # Scan: what each guest cluster will be.
     size, cluster_size = geometry.virtual_size, geometry.cluster_size
-    readers = Readers(options.parallel, ReadPolicy(reads_all=options.salvage), cluster_size)
-    cluster_map = ClusterMap(geometry.cluster_count, geometry.table_entries)
+    policy = ReadPolicy(options.salvage, PACK_SIZE if options.compress else SHARE_SIZE)
+    readers = Readers(options.parallel, policy, cluster_size)
+    packer = make_packer(options, sources.disk, cluster_size)
+    typecode = "H" if cluster_size <= 64 << 10 else "I"
+    cluster_map = ClusterMap(geometry.cluster_count, geometry.l2_entries, typecode)
     progress.enter("scan", size, lambda: min(size, len(cluster_map) * cluster_size))
-    fill_map(
-        cluster_map, make_steps(options, sources, geometry, readers.policy, resources), readers
-    )
-
+    steps = make_steps(options, sources, geometry, policy, resources)
+    fill_map(cluster_map, steps, readers, packer)
     # Plan: where everything goes.
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
     has_data = header.data_file_name is None
-    plan = make_plan(geometry, tables, cluster_map.data_clusters if has_data else 0)
+    plan = make_plan(geometry, tables, has_data and cluster_map.data_clusters, cluster_map.sizes)
     plan.refuse_if_too_large()
     if options.measure:
         progress.end_watch()
         full = make_plan(geometry, geometry.l1_entries, has_data and geometry.cluster_count)
-        text = MEASUREMENTS[options.output or "human"].format(plan.file_size, full.file_size)
-        output.write(text.encode("ascii"))
-        output.flush()
+        write_measurement(output, options.output or "human", plan, full)
         return report_damage(sources)
-
     # Write: the stream.
     progress.enter("write", plan.file_size, lambda: output.written)
-    write_image(output, plan, header, sources.disk, cluster_map, readers)
+    write_image(output, plan, header, sources.disk, cluster_map, readers, packer)
     warning = sources.disk.finish()
     output.settle()
     progress.end_watch()
     output.finish()
     if guard:
         guard.refuse_if_disturbed()
+    data = (cluster_map.data_clusters + len(cluster_map.sizes)) * cluster_size
+    progress.finish(size, min(size, data), plan.file_size, plan.saved)
     if warning:
         warn(warning)
-    progress.finish(size, min(size, cluster_map.data_clusters * cluster_size), plan.file_size)
     return report_damage(sources)
 
 
-MEASUREMENTS = {  # as qemu-img measure prints them: of now, and of a disk without any zeros
-    "human": "required size: {}\nfully allocated size: {}\n",
-    "json": '{{"required": {}, "fully-allocated": {}}}\n',
-}
+def write_measurement(output: Output, form: str, plan: Plan, full: Plan) -> None:
+    """Print the sizes of the image and of one of a disk without zeros, as qemu-img does."""
+    text = {
+        "human": "required size: {}\nfully allocated size: {}\n",
+        "json": '{{"required": {}, "fully-allocated": {}}}\n',
+    }[form]
+    output.write(text.format(plan.file_size, full.file_size).encode("ascii"))
+    output.flush()
 
 
 def report_damage(sources: Sources) -> int:
@@ -5537,8 +5531,8 @@ class Progress:
         report(self._clear + self.line(), end="" if self._is_drawn else "\n", seconds=0)
         self._is_busy = False
 
-    def finish(self, size: int, data: int, written: int) -> None:
-        """Sum up, all in bytes: the disk's size, its data, the image."""
+    def finish(self, size: int, data: int, written: int, saved: int) -> None:
+        """Sum up, all in bytes: the disk's size, its data, the image, what compression saved."""
         if not self._interval:
             return
         self._is_drawn = False  # this replaces it
@@ -5548,6 +5542,7 @@ class Progress:
         report(
             f"{self._clear}disk {human(size)}: {human(data)} data, {human(size - data)} zeros or "
             f"unchanged; image {human(written)} in {duration(seconds)} ({human(rate)}/s)"
+            + (f"; compression saved {human(saved)}" if saved else "")
         )
 
 

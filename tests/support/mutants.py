@@ -21,6 +21,7 @@ import qcow2_to_stdout as program
 
 MIB = 1 << 20
 OFFSETS = (1 << 56) - 512
+MOST_COMPARED = 200  # of those that differ; QEMU takes much longer
 SECONDS = 20  # for one image of a few hundred KiB
 
 
@@ -132,7 +133,7 @@ def main(path: Path, count: int) -> None:
             continue
         counts["read"] += 1
         counts["changed"] += disk != original
-        if disk != original or not number % 20:
+        if (disk != original and counts["compared"] < MOST_COMPARED) or not number % 20:
             counts["compared"] += compared(target, disk)
     counts["KiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(counts))
