@@ -1600,8 +1600,11 @@ class NbdHandshake:
         flags &= NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
         self.send(struct.pack(">I", flags))
         if address is not None:
-            if self._ask(NBD_OPT_STARTTLS) is None:
-                raise ValueError("the server has no TLS")
+            replies = None
+            with contextlib.suppress(ValueError):
+                replies = self._ask(NBD_OPT_STARTTLS)
+            if replies is None:
+                raise ValueError("the server has no TLS; write nbd instead of nbds")
             # What was sent in the clear and is not read yet goes with the old reader.
             self._use(start_tls(self.sock, address))
         self.is_structured = self._ask(NBD_OPT_STRUCTURED_REPLY) is not None
@@ -4981,7 +4984,7 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     contradictions = (
         (not is_stream and options.size is not None, "--size is for INPUT - only; leave it out"),
         (is_stream and options.format != "raw",
-         f"INPUT - comes once, and {options.format} must be read here and there; write it to a file"),
+         f"INPUT - comes once, but {options.format} must be read here and there; use a file"),
         (is_stream and options.size is None, "the size of INPUT - must be known first; add --size"),
         (is_stream and (maps or has_external or options.salvage),
          "INPUT - is read once; leave --data-file, --json-header and --salvage options out"),
@@ -5132,7 +5135,7 @@ class Sources(NamedTuple):
 
     disk            whose image is written
     base            with which it is compared, or None
-    changed         what a dirty bitmap says has changed, or None
+    layout          what a layout or a dirty bitmap says is to be exported, or None
     virtual_size    bytes, a multiple of 512
     cluster_size    bytes, of the image to be written
     is_known        the extents of disk and base name what is data: no look is needed
@@ -5140,7 +5143,7 @@ class Sources(NamedTuple):
 
     disk: Source
     base: Optional[Source]
-    changed: Optional[Iterable[Range]]
+    layout: Optional[Layout]
     virtual_size: int
     cluster_size: int
     is_known: bool
@@ -5162,17 +5165,21 @@ def open_sources(
             f"{quoted(image.name)} has {disk.size} bytes, but --json-header-info says {size}; it "
             "describes another disk"
         )
-    changed = base = None
+    layout = base = None
     is_known = known.is_whole or options.no_scan
     if options.bitmap is not None:
-        changed = opener.changed_ranges(disk)
+        layout = Layout(opener.changed_ranges(disk), RangeList())
+    if options.layout is not None:
+        what = f"--layout {quoted(options.layout)}"
+        read = json_reader(what, options.layout, False, resources)
+        layout = read_layout(JsonList(read, what), what, size, options.backing_file is not None)
     if options.diff is not None:
         base = opener.open_base(known_base)
         is_known = known.is_whole and known_base.is_whole
     if options.salvage:
         disk, base = SalvageSource(disk), base and SalvageSource(base)
     cluster_size = options.cluster_size or known.cluster_size or DEFAULT_CLUSTER_SIZE
-    return Sources(disk, base, changed, size, cluster_size, is_known)
+    return Sources(disk, base, layout, size, cluster_size, is_known)
 
 
 class Opener:
@@ -5181,16 +5188,10 @@ class Opener:
     def __init__(
         self, options: argparse.Namespace, watch: Watch, resources: contextlib.ExitStack
     ) -> None:
-        self._options = options
-        self._watch = watch
-        self._resources = resources
+        self._options, self._watch, self._resources = options, watch, resources
 
     def open(
-        self,
-        image: ImageName,
-        known: KnownDisk,
-        snapshot: Optional[str],
-        bitmap: Optional[str] = None,
+        self, image: ImageName, known: KnownDisk, snapshot: Optional[str], bitmap: Optional[str]
     ) -> Source:
         """Open a disk, or an internal snapshot of it. An NBD server's must have the bitmap."""
         watch, resources, objects = self._watch, self._resources, self._options.object
@@ -5223,7 +5224,7 @@ class Opener:
         name, is_said = options.diff, options.diff_format is not None
         fmt = options.diff_format or ("raw" if is_nbd_uri(name) else options.format)
         try:
-            base = self.open(ImageName(name, fmt, False), known, options.diff_snapshot)
+            base = self.open(ImageName(name, fmt, False), known, options.diff_snapshot, None)
         except Error as error:
             if is_said or fmt == "raw" or not os.path.exists(name):
                 raise
@@ -5241,53 +5242,46 @@ class Opener:
                 )
         return base
 
-    def changed_ranges(self, disk: Source) -> Iterator[Range]:
+    def changed_ranges(self, disk: Source) -> RangeList:
         """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""
         name, bitmap = self._options.input, self._options.bitmap
         if is_nbd_uri(name) and isinstance(disk, RawSource):
-            return disk.file.bitmap_ranges(disk.size)  # type: ignore[no-any-return]
-        image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
-        ranges, is_recording = image.bitmap_ranges(bitmap)
+            ranges, is_recording = disk.file.bitmap_ranges(disk.size), True
+        else:
+            image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
+            ranges, is_recording = image.bitmap_ranges(bitmap)
         if not is_recording:
             warn(f"the bitmap {quoted(bitmap)} is disabled: what was written since is not in it")
-        return ranges
+        changed = RangeList()
+        for start, end in ranges:
+            changed.add(start, end)
+        return changed
 
 
 def make_steps(
-    options: argparse.Namespace,
-    sources: Sources,
-    geometry: Geometry,
-    policy: ReadPolicy,
-    resources: contextlib.ExitStack,
+    options: argparse.Namespace, sources: Sources, geometry: Geometry, policy: ReadPolicy
 ) -> Iterable[Step]:
     """What is known of each cluster, or who finds out, as the options want it."""
     count, cluster_size = geometry.cluster_count, geometry.cluster_size
-    size, disk = geometry.virtual_size, sources.disk
-    if options.data_file_raw or (options.input == "-" and options.layout is None):
+    size, disk, base, layout = geometry.virtual_size, sources.disk, sources.base, sources.layout
+    if options.data_file_raw or (options.input == "-" and layout is None):
         return [Step(0, count, DATA)] if count else []
     overlay = options.backing_file is not None
     # What a cluster becomes that has changed and is all zeros: in an overlay it must hide the
     # backing file's; a bare difference is written over the base, by importers that know no flag.
-    if overlay:
-        state = ZERO if options.compat != "0.10" else DATA
-    else:
-        state = UNALLOCATED if sources.base is None and sources.changed is None else DATA
-    if sources.base is not None:
-        diff_probe = DiffProbe(cluster_size, disk, sources.base, state, sources.is_known, policy)
-        return diff_steps(disk, up_to(sources.base.extents(), size), count, diff_probe, policy)
+    state = DATA
+    if overlay and options.compat != "0.10":
+        state = ZERO
+    elif not overlay and base is None and options.bitmap is None:
+        state = UNALLOCATED
+    if base is not None:
+        diff_probe = DiffProbe(cluster_size, disk, base, state, sources.is_known, policy)
+        return diff_steps(disk, up_to(base.extents(), size), count, diff_probe, policy)
     probe = Probe(cluster_size, disk, state, DATA, policy)
-    if options.layout is None and sources.changed is None:
-        if sources.is_known:
-            return believed_steps(disk.extents(), (), (), state, size, cluster_size)
+    if layout is None and sources.is_known:
+        return believed_steps(disk.extents(), (), (), state, size, cluster_size)
+    if layout is None:
         return probed_steps(disk, [(0, count)], state, count, probe, policy)
-    if sources.changed is not None:
-        layout = Layout(RangeList(), RangeList())
-        for start, end in sources.changed:
-            layout.data.add(start, end)
-    else:
-        what = f"--layout {quoted(options.layout)}"
-        read = json_reader(what, options.layout, False, resources)
-        layout = read_layout(JsonList(read, what), what, size, overlay)
     # No layout speaks of the zeros that fill the last sector; a longer backing file has other
     # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
     padding = max(0, disk.size - SECTOR_SIZE) if options.image_opts else disk.size
@@ -5359,7 +5353,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     typecode = "H" if cluster_size <= 64 << 10 else "I"
     cluster_map = ClusterMap(geometry.cluster_count, geometry.l2_entries, typecode)
     progress.enter("scan", size, lambda: min(size, len(cluster_map) * cluster_size))
-    steps = make_steps(options, sources, geometry, policy, resources)
+    steps = make_steps(options, sources, geometry, policy)
     fill_map(cluster_map, steps, readers, packer)
     # Plan: where everything goes.
     tables = sum(count for count, in_use in cluster_map.tables_in_use() if in_use)
@@ -5450,17 +5444,14 @@ class Progress:
         self._is_live = False
 
     def start(self, is_shown: bool) -> None:
-        """Answer SIGUSR1, unless it is ignored, and the timer's signal.
+        """Answer SIGUSR1, unless it is ignored, and begin to look at the sources.
 
         is_shown    say something every so often: redrawn on a terminal, a line into a log
 
         Raises Error if it would get into the image.
         """
         if is_shown and stderr_is_the_output():
-            raise Error(
-                "--progress would get into the image, where standard error goes, too; redirect "
-                "one of them, for example by 2> LOG"
-            )
+            raise Error("--progress goes where the image goes; redirect it, for example by 2> LOG")
         if is_shown:
             is_terminal = os.isatty(2)
             self._interval = TERMINAL_INTERVAL if is_terminal else LOG_INTERVAL

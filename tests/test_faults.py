@@ -251,10 +251,9 @@ def test_a_file_in_the_midst_of_a_write(
     with subprocess.Popen(words) as writer:
         while disk.stat().st_mtime_ns == since:
             time.sleep(0.001)
-        with open(disk, "rb") as opened:
-            program = start("-", "--size", "4M", stdin=opened, python=python)
-            assert writer.poll() is None, "it is no longer at work"
-            result = finish(program)
+        program = start(disk, python=python)
+        assert writer.poll() is None, "it is no longer at work"
+        result = finish(program)
     assert (result.status, result.stderr) == (0, "")
     assert result.stdout == expected
 
@@ -762,8 +761,8 @@ def test_a_python_that_lacks_a_part(disk: Path, tmp_path: Path) -> None:
     """What the end needs is loaded before the first byte leaves."""
     broken = "import sys\nsys.modules['termios'] = None\n"
     result = run(disk, env=altered(tmp_path, broken))
-    assert result.stdout == b""
-    assert_failed(result, "cannot load", "termios")
+    assert (result.status, result.stdout) == (1, b"")
+    assert "termios" in result.stderr
 
 
 def test_locale_c_and_names_that_are_no_text(disk: Path, tmp_path: Path) -> None:

@@ -148,21 +148,6 @@ def test_an_encrypted_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
     assert_refused(result, str(image), "encrypt")
 
 
-FORMATS = ["vmdk", "vdi", "vpc", "vhdx", "qed", "parallels", "qcow", "luks"]
-
-
-@pytest.mark.parametrize("form", FORMATS[:6])
-def test_other_formats(tmp_path: Path, form: str) -> None:
-    raw = write_disk(tmp_path / "a.raw", 8 * MIB, [(MIB, noise(MIB)), (7 * MIB, noise(70_000))])
-    image = tmp_path / f"a.{form}"
-    options = ["-o", "force_size=on"] if form == "vpc" else []
-    shell("qemu-img", "convert", "-f", "raw", "-O", form, *options, raw, image)
-    streamed = stream("-f", form, image)
-    (tmp_path / "a.qcow2").write_bytes(streamed)
-    judges.qemu_check(tmp_path / "a.qcow2")
-    shell("qemu-img", "compare", "-f", form, "-F", "qcow2", image, tmp_path / "a.qcow2")
-
-
 def test_dmg(tmp_path: Path) -> None:
     """A disk image of Apple's: a table of stored blocks, written here by hand."""
     content = noise(MIB)

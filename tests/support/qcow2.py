@@ -28,7 +28,7 @@ def make(path: Path, size: int, options: str = "", over: Optional[Path] = None) 
     return create(path, str(size), *words)
 
 
-def qemu_io(path: Path, *commands: str, form: str = "qcow2") -> Path:
+def qemu_io(path: Any, *commands: str, form: str = "qcow2") -> Any:
     """Commands of qemu-io, for which a discard is one."""
     words = [word for command in commands for word in ("-c", command)]
     shell("qemu-io", "-d", "unmap", "-f", form, *words, path)
