@@ -2030,6 +2030,7 @@ SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
 PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
 FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in map
 MAX_VMDK_DESCRIPTOR = 1 << 20  # bytes; QEMU reads no more either
+COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
 VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
 VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
@@ -2298,6 +2299,8 @@ class Member:
                 f"{name} is a differencing VMDK that does not name its parent's file, and QEMU "
                 "would read zeros where that has data; merge them first"
             )
+        for _, file in self.files if self.format == "vmdk" else ():
+            refuse_if_grain_tables_are_missing(file)
         if not os.path.isfile(self._name):
             return
         if self.format == "qcow2":  # of missing tables, and encrypted data, map knows nothing
@@ -2349,6 +2352,16 @@ def refuse_if_qcow_tables_are_missing(file: DiskFile) -> None:
     last = max(unpack_entries(file.read(offset, count * ENTRY_SIZE)), default=0) & ~OFLAG_COPIED
     if last and last + (ENTRY_SIZE << l2_bits) > file.size:
         raise file.ended_early(file.size)
+
+
+def refuse_if_grain_tables_are_missing(file: DiskFile) -> None:
+    """Raise Error if an extent of an ESX snapshot (COWD) ends before one of its grain tables."""
+    magic, sector, count = struct.unpack("<4s16xII", file.read(0, 28))
+    if magic == b"COWD" and count * 4 <= MAX_L1_BYTES:
+        table = struct.unpack(f"<{count}I", file.read(sector * SECTOR_SIZE, count * 4))
+        last = max(table, default=0) * SECTOR_SIZE
+        if last and last + COWD_TABLE_SIZE > file.size:
+            raise file.ended_early(file.size)
 
 
 def local_name(name: str) -> str:
@@ -5035,7 +5048,7 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (overlay and not partials,
          "--backing-file needs --diff, --bitmap or --layout, which say what differs from it"),
         (overlay and options.backing_format is None,
-         "--backing-file needs --backing-format: a guess would be a security hole"),
+         "--backing-file needs --backing-format: a guess is a security hole; add -F qcow2, say"),
         (not overlay and options.backing_format is not None,
          "--backing-format describes a backing file; add --backing-file NAME"),
         (options.image_opts and diff is not None and options.diff_format is None

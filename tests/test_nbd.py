@@ -647,9 +647,9 @@ def test_a_pull_backup_of_a_running_disk(tmp_path: Path, daemon: StorageDaemon) 
         running = start(uri, *options, cwd=tmp_path, env=NO_PROGRAMS, bufsize=0)
         qemu_io(
             guest, f"write -P {7 + number} 1M 3M", "write -P 9 20M 64k", "discard 4M 1M", form="raw"
-        )  # type: ignore[arg-type]
+        )
         head = running.stdout.read(4)
-        qemu_io(guest, f"write -P {5 + number} 6M 2M", "write -z 30M 64k", form="raw")  # type: ignore[arg-type]
+        qemu_io(guest, f"write -P {5 + number} 6M 2M", "write -z 30M 64k", form="raw")
         rest, stderr = running.communicate(timeout=TIMEOUT)
         assert (running.returncode, stderr) == (0, b"")
         (tmp_path / f"{night}.qcow2").write_bytes(head + rest)

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from support import mutants
@@ -552,7 +552,7 @@ def test_what_members_of_a_chain_share_is_not_read_by_diff(
     expected = judged(two)
     first = fuse_disk(base, direct=True, count=True)
     relinked(one, first.path)
-    options = ["--diff", one, "-b", tmp_path / "one.qcow2", "-F", "qcow2"]
+    options: List[Any] = ["--diff", one, "-b", tmp_path / "one.qcow2", "-F", "qcow2"]
     difference = stream("-f", "qcow2", two, *options, env=NO_PROGRAMS)
     # What was written over is compared with what was there before, 64 KiB at a time.
     compared = MIB + 3 * 64 * KIB
