@@ -582,6 +582,8 @@ class DiskFile:
                 hole = os.lseek(self.fd, data, SEEK_HOLE)
             except OSError as error:
                 if error.errno == errno.ENXIO:  # a hole up to the end, or an empty file
+                    if os.fstat(self.fd).st_size < self.size:
+                        raise self.ended_early(start) from error
                     return
                 data = hole = start
             if not start <= data < hole:

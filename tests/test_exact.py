@@ -32,7 +32,7 @@ def judge(raw: Path, *options: str, readers: bool = True) -> bytes:
     return image
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     recipe=recipes(),
     cluster_size=st.sampled_from(CLUSTER_SIZES),

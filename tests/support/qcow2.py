@@ -57,7 +57,8 @@ def random_commands(
 
 def scribble(path: Path, seed: int, size: int, unit: int = 4 * KIB) -> Path:
     """Write, zero and discard at random."""
-    return qemu_io(path, *random_commands(seed, size, unit))
+    qemu_io(path, *random_commands(seed, size, unit))
+    return path
 
 
 def compress(path: Path, seed: int, size: int, cluster_size: int) -> Path:
