@@ -186,6 +186,26 @@ def test_a_bitmap_of_an_overlay(tmp_path: Path) -> None:
     assert judged(tuesday) == judged(top)
 
 
+def test_bitmaps_and_snapshots_of_a_chain_that_only_qemu_reads(tmp_path: Path) -> None:
+    """The disk comes from a qemu-nbd; what the image itself says is read from the image."""
+    base = qemu_io(make(tmp_path / "base.qcow2", 8 * MIB), "write -P 1 0 8M")
+    shell("qemu-img", "convert", "-O", "vmdk", base, tmp_path / "base.vmdk")
+    image = make(tmp_path / "a.qcow2", 8 * MIB, over=base)
+    shell("qemu-img", "rebase", "-u", "-b", tmp_path / "base.vmdk", "-F", "vmdk", image)
+    add_bitmap(scribble(image, 2, 8 * MIB), "b")
+    moment = judged(image)
+    shell("qemu-img", "snapshot", "-c", "s", image)
+    night(tmp_path, "monday", "-f", "qcow2", image, "-l", "s", env=None)
+    assert judged(tmp_path / "monday.qcow2") == moment
+    scribble(image, 3, 8 * MIB)
+    words = ["-f", "qcow2", str(image), "--bitmap", "b", *FIRST_NIGHT]
+    assert judged(night(tmp_path, "tuesday", *words, env=None)) == judged(image)
+    words = ["-f", "qcow2", str(image), "--diff", str(image), "--diff-snapshot", "s", *FIRST_NIGHT]
+    assert judged(night(tmp_path, "since", *words, env=None)) == judged(image)
+    assert_refused(run("-f", "qcow2", image, "-l", "t"), "snapshot", "'t'")
+    assert_refused(run("-f", "qcow2", image, "--bitmap", "c"), "no bitmap 'c'", "'b'")
+
+
 @pytest.mark.parametrize("python", pythons(), ids=version)
 def test_every_python_reads_bitmaps_and_snapshots(tmp_path: Path, python: str) -> None:
     image = add_bitmap(scribble(make(tmp_path / "a.qcow2", 8 * MIB), 1, 8 * MIB), "b")

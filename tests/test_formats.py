@@ -204,7 +204,8 @@ def test_what_a_chain_shares_is_not_read(tmp_path: Path) -> None:
     options = ["-f", "qcow2", top, "--diff", base]
     shell("strace", "-e", "preadv,preadv2,pread64", "-o", log, "python3", PROGRAM, *options)
     lines = [line for line in log.read_text().splitlines() if "preadv" in line]
-    assert sum(int(line.rsplit("=", 1)[1]) for line in lines) < 3 * 65536 + 512
+    # Three headers and three L2 tables, and the cluster that differs.
+    assert sum(int(line.rsplit("=", 1)[1]) for line in lines) < 8 * 65536
 
 
 NAMES = [
@@ -471,9 +472,6 @@ def test_a_truncated_image(tmp_path: Path, missing: int) -> None:
     assert_refused(run("--image-opts", node), "is truncated")
     top = write(overlay(tmp_path / "top.qcow2", image, "qcow2"), "write -c -P 2 0 64k")
     assert_refused(run("-f", "qcow2", top), "is truncated")
-    (tmp_path / "10:00.qcow2").symlink_to(image)  # a name that looks like an address, but is none
-    node = "driver=qcow2,file.driver=file,file.filename=10:00.qcow2"
-    assert_refused(run("--image-opts", node, cwd=tmp_path), "is truncated")
 
 
 def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> None:
@@ -610,7 +608,7 @@ def test_a_truncated_snapshot_of_esx(tmp_path: Path) -> None:
     expected = stream(as_raw(image, "vmdk"))
     assert stream("-f", "vmdk", image) == expected
     assert noise(64 * SECTOR_SIZE, 104) in expected
-    for sectors in range(199, 5, -1):
+    for sectors in (*range(199, 5, -9), 135, 104, 103, 8, 7):
         os.truncate(extent, sectors * SECTOR_SIZE)
         assert_refused(run("-f", "vmdk", image), "snapshot", "vmdk'")
 

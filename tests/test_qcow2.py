@@ -336,7 +336,7 @@ FEATURES = [
     "cluster_size=4k",
     "extended_l2=on,cluster_size=16k",
     "compression_type=zstd,cluster_size=4k",
-    "data_file=DATA",
+    "data_file=DATA,cluster_size=4k",
     "over raw",
 ]
 
@@ -435,6 +435,7 @@ def test_a_name_that_is_no_qcow2_image(tmp_path: Path) -> None:
         assert_refused(run("-f", "qcow2", tmp_path / name), name, "no qcow2 image")
     assert_refused(run("-f", "qcow2", tmp_path), "it is a folder")
     assert_refused(run("-f", "qcow2", tmp_path / "nothing"), "No such file")
+    assert_refused(run("-f", "qcow2", "-"), "qcow2", "write it to a file first")
 
 
 @pytest.mark.parametrize("options", FEATURES)

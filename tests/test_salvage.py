@@ -255,7 +255,7 @@ def test_what_is_lost_hides_the_backing_file(
         disk = fuse_disk(tmp_path / "whole.qcow2", direct=True, error_at=place + 9 * KIB)
         lost = [(137 * KIB, 512)]
         result = run(*options, disk.path, env=NO_PROGRAMS)
-        expected = ([2, 3], [])
+        expected: Tuple[List[int], List[int]] = ([2, 3], [])
     else:
         options += [how, base if how == "--diff" else "-"]
         stdin = b'[{"offset": 131072, "length": 131072}]' if how == "--layout" else b""
@@ -296,7 +296,7 @@ def test_what_is_lost_where_base_is_zeros(tmp_path: Path) -> None:
     """Explicit zeros there too, whatever the base is."""
     base = write_disk(tmp_path / "base.raw", MIB)
     with Rogue(tmp_path, noise(MIB, 5), failing(LOST)) as rogue:
-        words = ["--salvage", rogue.uri, "--diff", base, "-b", base, "-F", "raw"]
+        words = ["--salvage", rogue.uri, "--diff", str(base), "-b", str(base), "-F", "raw"]
         result = run(*words, env=NO_PROGRAMS)
     assert_salvaged(result, [LOST])
     assert stored(result.stdout)[1] == [2]
@@ -447,7 +447,7 @@ def test_an_encrypted_disk(tmp_path: Path, key: Path, kind: str) -> None:
     assert_refused(result, "cannot open", "password")
     if kind == "qcow2":
         assert_refused(run("-f", "qcow2", path), "cannot open", "encrypt")
-        base = ["--diff", path, "--diff-format", "qcow2"]
+        base = ["--diff", str(path), "--diff-format", "qcow2"]
         assert_refused(run("--object", secret, "--image-opts", options, *base), "cannot open")
 
 
