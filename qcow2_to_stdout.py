@@ -219,7 +219,7 @@ def unpack_extensions(data: bytes) -> Dict[int, bytes]:
             break
         position += 8
         if position + length > len(data):
-            raise ValueError("a header extension is longer than its place")
+            raise ValueError("a header extension that is longer than its place")
         extensions[kind] = data[position : position + length]
         position += align_up(length, 8)
     return extensions
@@ -737,9 +737,11 @@ class SalvageSource(Source):
         except ReadError:
             clear(view)
             for extent in extents:
-                self._read_pieces(view[extent[0] - start : extent[1] - start], extent)
+                part = view[extent[0] - start : extent[1] - start]
+                self.damage += joined(self._read_pieces(part, extent))
 
-    def _read_pieces(self, view: memoryview, extent: Extent) -> None:
+    def _read_pieces(self, view: memoryview, extent: Extent) -> List[Range]:
+        """Read what can be read of an extent. Returns what became zeros."""
         start, end, file, offset, stored = extent
         try:
             self._disk.read_into(view, start, [extent])
@@ -750,11 +752,12 @@ class SalvageSource(Source):
             half = min(align_up(offset + (end - start) // 2, unit) - offset, last)
             if stored or half <= 0:
                 clear(view)
-                self.damage.append((start, end))
-                return
-            for at, to in ((start, start + half), (start + half, end)):
-                part = start, end, file, offset, stored
-                self._read_pieces(view[at - start : to - start], cut(part, at, to))
+                return [(start, end)]
+            middle = start + half
+            return self._read_pieces(view[:half], cut(extent, start, middle)) + (
+                self._read_pieces(view[half:], cut(extent, middle, end))
+            )
+        return []
 
     def is_damaged(self, start: int, end: int) -> bool:
         """Whether something between two guest offsets could not be read, and became zeros."""

@@ -4,6 +4,7 @@ No program of QEMU's is there for it to ask (an empty PATH).
 """
 
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -50,6 +51,7 @@ def disk(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Path]:
     """Those of the server that is meant, and of another authority."""
+    needs(shutil.which("certtool") is not None, "certtool (gnutls-bin)")
     folder = tmp_path_factory.mktemp("pki")
     return make_certificates(folder / "good"), make_certificates(folder / "other")
 
@@ -524,6 +526,14 @@ def test_block_status_that_says_nothing(payload: bytes, tmp_path: Path) -> None:
     answer = where(0, lambda rogue, request: rogue.chunk(request, 5, payload), command=7)
     with Rogue(tmp_path, NOISE, answer) as rogue:
         assert_refused(run(rogue.uri, env=NO_PROGRAMS), "cannot read", "at offset 0")
+
+
+def test_block_status_that_fails(tmp_path: Path) -> None:
+    error = struct.pack(">IH", 22, 0)
+    answer = where(0, lambda rogue, request: rogue.chunk(request, 32769, error), command=7)
+    with Rogue(tmp_path, NOISE, answer) as rogue:
+        result = run(rogue.uri, env=NO_PROGRAMS)
+    assert_refused(result, "cannot read", "at offset 0", "Invalid argument")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -156,6 +157,30 @@ def test_a_server_that_dies_can_not_be_salvaged(tmp_path: Path) -> None:
 
     with Rogue(tmp_path, DISK, die) as rogue:
         assert_failed(run("--salvage", rogue.uri, env=NO_PROGRAMS), "cannot read", "at offset")
+
+
+def test_a_large_range_is_one_range(tmp_path: Path) -> None:
+    """Some thousand sectors that fail take a few MiB and seconds, however they are found."""
+    disk = noise(MIB, 3) * 12
+    lost = [(MIB, 10 * MIB)]
+    with Rogue(tmp_path, disk, failing(*lost)) as rogue:
+        result = run("--salvage", rogue.uri, env=NO_PROGRAMS)
+        assert_salvaged(result, lost)
+        assert content(result.stdout) == without(disk, lost)
+        # Each sector once alone, and as often again in larger and larger pieces.
+        assert len(rogue.requests) < 2.2 * 10 * MIB // 512
+
+
+@pytest.mark.parametrize("kind", ["vmdk", "vdi"])
+def test_a_sector_of_a_foreign_image(tmp_path: Path, fuse_disk: FuseMaker, kind: str) -> None:
+    raw = write_disk(tmp_path / "raw", 4 * MIB, [(0, noise(4 * MIB))])
+    image = tmp_path / f"a.{kind}"
+    shell("qemu-img", "convert", "-f", "raw", "-O", kind, raw, image)
+    place = image.read_bytes().index(raw.read_bytes()[2 * MIB : 2 * MIB + 512])
+    disk = fuse_disk(image, direct=True, error_at=place + 5)
+    result = run("--salvage", "-f", kind, disk.path)
+    assert_salvaged(result, [(2 * MIB, 512)])
+    assert content(result.stdout) == without(raw.read_bytes(), [(2 * MIB, 512)])
 
 
 def test_a_stream_can_not_be_salvaged() -> None:
@@ -503,7 +528,7 @@ def test_an_object_that_qemu_does_not_know(tmp_path: Path) -> None:
 
 def test_nbd_over_tls_through_an_object(tmp_path: Path) -> None:
     """QEMU's own client, for what our URI can't say."""
-    needs_certtool()
+    needs(shutil.which("certtool") is not None, "certtool (gnutls-bin)")
     good, other = (make_certificates(tmp_path / name) for name in ("good", "other"))
     disk = write_disk(tmp_path / "disk", MIB, [(0, noise(MIB))])
     port = free_port()
@@ -519,8 +544,3 @@ def test_nbd_over_tls_through_an_object(tmp_path: Path) -> None:
                 assert result.stdout == stream(disk)
             else:
                 assert_refused(result, "cannot open")
-
-
-def needs_certtool() -> None:
-    found = subprocess.run(["which", "certtool"], stdout=subprocess.DEVNULL, check=False)
-    needs(not found.returncode, "certtool (gnutls-bin)")

@@ -88,7 +88,7 @@ def places(image: bytes) -> List[Tuple[int, int]]:
 
 
 def mutants(image: bytes, count: int) -> Iterator[bytes]:
-    """All bits of the header's numbers, then any bits and bytes."""
+    """With one or two bytes changed where something is said; some are cut short besides."""
     chance = random.Random(count)
     wanted = places(image)
     for _ in range(count):
