@@ -871,17 +871,120 @@ def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
     return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
-# Reading qcow2 without QEMU: the extents of an image and of the chain below it, table by table.
+# --- format: moved behind the other functions of that room ---
 
-F_OFD_GETLK = 36  # Linux's, from fcntl.h
-QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
+KNOWN_FEATURES = (  # dirty and corrupt say nothing of where data is
+    INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE
+    | INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2
+)  # fmt: skip
 MAX_SNAPSHOTS, MAX_BITMAPS = 65536, 65535  # as many as QEMU reads
 SNAPSHOT_STRUCT = struct.Struct(">QIHHIIQII")  # section "Snapshots" of the specification
 BITMAP_STRUCT = struct.Struct(">QIIBBHI")  # section "Bitmap directory"
 BITMAP_IN_USE, BITMAP_AUTO, DIRTY_BITMAP = 1, 2, 1  # flags, and the only type
+RUN_ZERO, RUN_DATA, RUN_COMPRESSED = range(3)  # kinds of runs
+
+# What an L2 table says of a range: start and end in guest bytes, kind, host offset, and of a
+# compressed cluster the bytes that hold it (an upper bound), else 0.
+Run = Tuple[int, int, int, int, int]
 
 
-_zstd_contexts = {}  # type: Dict[int, Any]  # of each thread
+def c_string(name: bytes) -> str:
+    """A name in a header, which a NUL byte ends before its place does."""
+    return os.fsdecode(name.split(b"\0")[0])
+
+
+def set_bits(number: int, count: int) -> List[Range]:
+    """(first, end) of each run of ones among the lowest bits of a number, from the lowest."""
+    digits = format(number, f"0{count}b")[::-1]
+    return [ones.span() for ones in re.finditer("1+", digits)]
+
+
+def unpack_compressed(entry: int, cluster_size: int) -> Tuple[int, int]:
+    """(offset, length at most) of a compressed cluster, see pack_compressed()."""
+    bits = compressed_offset_bits(cluster_size)
+    offset = entry & (1 << bits) - 1
+    sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
+    return offset, (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
+
+
+@functools.lru_cache(maxsize=2)
+def ramp_and_ones(step: int, count: int) -> Tuple[int, int]:
+    """The tables of 0, step, 2 * step, … and of 1, 1, 1, …, each as one long number."""
+    ramp = int.from_bytes(pack_entries(entry_range(0, step, count)), "big")
+    return ramp, int.from_bytes((1).to_bytes(ENTRY_SIZE, "big") * count, "big")
+
+
+def table_runs(table: bytes, start: int, allocated: int, reserved: int) -> Iterator[Run]:
+    """The runs of an L2 table that begins at a guest offset (section "Cluster mapping").
+
+    allocated   the bits of an entry of which one at least is set where it has data
+    reserved    those that must be clear
+
+    Raises ValueError with the entry that can't be.
+    """
+    size = len(table)
+    entries = unpack_entries(table)
+    first, reach = entries[0], len(entries) * size
+    if first & OFFSET_MASK and entries[-1] - first == reach - size:
+        ramp, ones = ramp_and_ones(size, len(entries))
+        is_plain = not first & (OFLAG_COMPRESSED | size - 1)
+        if is_plain and int.from_bytes(table, "big") == first * ones + ramp:
+            yield start, start + reach, RUN_DATA, first & OFFSET_MASK, 0
+            return
+    begin, offset, kind = start, 0, None  # type: int, int, Optional[int]  # of the run so far
+    expected = step = 0  # the entry that continues it, and how far these rise
+    for entry in entries:
+        if entry != expected:
+            if kind is not None:
+                yield begin, start, kind, offset, 0
+            begin, offset, expected = start, entry & OFFSET_MASK, entry
+            kind, step = None, 0
+            if entry & OFLAG_COMPRESSED:
+                offset, stored = unpack_compressed(entry, size)
+                yield start, start + size, RUN_COMPRESSED, offset, stored
+                expected = -1
+            elif entry & reserved:
+                raise ValueError(f"the L2 entry {entry:#x}")
+            elif entry & OFLAG_ZERO:
+                kind, step = RUN_ZERO, size if offset else 0
+            elif entry & allocated:
+                kind, step = RUN_DATA, size
+        expected += step
+        start += size
+    if kind is not None:
+        yield begin, start, kind, offset, 0
+
+
+@functools.lru_cache(maxsize=1024)
+def subcluster_runs(bitmap: int) -> List[Tuple[int, int, int]]:
+    """(first, end, kind) of subclusters in the same state, in order."""
+    kinds = ((bitmap & ALL_SUBCLUSTERS, RUN_DATA), (bitmap >> 32, RUN_ZERO))
+    return sorted((*ones, kind) for bits, kind in kinds for ones in set_bits(bits, 32))
+
+
+def extended_table_runs(table: bytes, start: int, allocated: int) -> Iterator[Run]:
+    """As table_runs(), of a table of extended entries (section "Extended L2 Entries")."""
+    size = len(table)
+    unit = size // 32
+    entries = unpack_entries(table)
+    for entry, bitmap in zip(entries[::2], entries[1::2]):
+        offset = entry & OFFSET_MASK
+        if entry & OFLAG_COMPRESSED:
+            offset, stored = unpack_compressed(entry, size)
+            yield start, start + size, RUN_COMPRESSED, offset, stored
+        elif entry or bitmap:
+            data = bitmap & ALL_SUBCLUSTERS
+            if data & bitmap >> 32 or (data and not entry & allocated) or offset % size:
+                raise ValueError(f"the L2 entry {entry:#x} with bitmap {bitmap:#x}")
+            for first, end, kind in subcluster_runs(bitmap):
+                yield start + first * unit, start + end * unit, kind, offset + first * unit, 0
+        start += size
+
+
+# Reading qcow2 without QEMU: the extents of an image and of the chain below it, table by table.
+
+F_OFD_GETLK = 36  # Linux's, from fcntl.h
+QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
 
 
 class NeedsQemu(Exception):
@@ -912,17 +1015,6 @@ def libzstd() -> Any:
         return None
 
 
-def has_zstd() -> bool:
-    """Whether zstd can be read: with the system's library, or by Python 3.14."""
-    if libzstd() is not None:
-        return True
-    try:
-        import_zstd()
-    except ImportError:
-        return False
-    return True
-
-
 def import_zstd() -> Any:
     """Python's own zstd. Raises ImportError before 3.14."""
     import importlib
@@ -942,49 +1034,60 @@ def inflate_zlib(data: bytes, size: int) -> bytes:
 
 def inflate_zstd(data: bytes, size: int) -> bytes:
     """A cluster of `size` bytes from zstd frames, whatever follows. Raises ValueError."""
-    library = libzstd()
     cluster = b""
     while data and len(cluster) < size:
-        if library is None:
-            zstd = import_zstd()
-            frame = zstd.ZstdDecompressor()
-            try:
-                part = frame.decompress(data, size - len(cluster))
-            except zstd.ZstdError as error:
-                raise ValueError(str(error)) from error
-            data = frame.unused_data
-        else:
-            # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
-            length = library.ZSTD_findFrameCompressedSize(data, len(data))
-            if library.ZSTD_isError(length):
-                raise ValueError("no frame of zstd")
-            part = decompress_frame(library, data, length, size - len(cluster))
-            data = data[length:] if len(part) < size else b""
-        cluster = cluster + part if cluster else part
+        part, data = inflate_frame(data, size - len(cluster))
+        cluster += part
     return cluster
 
 
-def decompress_frame(library: Any, data: bytes, length: int, size: int) -> bytes:
-    """Up to `size` bytes from the frame in the first `length` bytes. Raises ValueError."""
-    import _thread
+def inflate_frame(data: bytes, size: int) -> Tuple[bytes, bytes]:
+    """Up to `size` bytes from the first zstd frame, and what follows it. Raises ValueError."""
+    library = libzstd()
+    if library is None:
+        zstd = import_zstd()
+        frame = zstd.ZstdDecompressor()
+        try:
+            return frame.decompress(data, size), frame.unused_data
+        except zstd.ZstdError as error:
+            raise ValueError(str(error)) from error
     import ctypes
+    import threading
 
-    thread = _thread.get_ident()
-    if thread not in _zstd_contexts:
-        _zstd_contexts[thread] = library.ZSTD_createDCtx(), ctypes.create_string_buffer(size)
-    context, target = _zstd_contexts[thread]
-    if len(target) < size:
-        target = ctypes.create_string_buffer(size)
-        _zstd_contexts[thread] = context, target
+    # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
+    length = library.ZSTD_findFrameCompressedSize(data, len(data))
+    if library.ZSTD_isError(length):
+        raise ValueError("no frame of zstd")
+    context, target = zstd_context(threading.get_ident())
     count = library.ZSTD_decompressDCtx(context, target, size, data, length)
     if library.ZSTD_isError(count):
         raise ValueError("a broken frame of zstd")
-    return ctypes.string_at(target, count)
+    return ctypes.string_at(target, count), data[length:]
 
 
-def c_string(name: bytes) -> str:
-    """A name in a header, which a NUL byte ends before its place does."""
-    return os.fsdecode(name.split(b"\0")[0])
+@functools.lru_cache(maxsize=None)
+def zstd_context(_thread: int) -> Tuple[Any, Any]:
+    """What a thread inflates with, and where to: a context, and a buffer for any cluster."""
+    import ctypes
+
+    return libzstd().ZSTD_createDCtx(), ctypes.create_string_buffer(CLUSTER_SIZES[-1])
+
+
+def refuse_if_open_for_writing(file: DiskFile) -> None:
+    """Raise Error if QEMU has a qcow2 image open for writing: its tables would change.
+
+    QEMU's locks are asked for, not taken.
+    """
+    flock = "hhqqi"  # type, whence, start, length, process
+    for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
+        wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        with contextlib.suppress(OSError):  # not on this file system
+            found = struct.unpack(flock, fcntl.fcntl(file.fd, F_OFD_GETLK, wanted))
+            if found[0] != fcntl.F_UNLCK:
+                raise Error(
+                    f"{file.label} is open for writing, in a running VM or a daemon; read that "
+                    "one's NBD export, or make an external snapshot and export what is below it"
+                )
 
 
 class Qcow2Image:
@@ -994,7 +1097,7 @@ class Qcow2Image:
     size            of the disk in bytes
     cluster_size    bytes
     backing_file    the name in the header, or None
-    backing_format  of that, or None
+    backing_format  of that, or empty
     """
 
     def __init__(
@@ -1012,127 +1115,108 @@ class Qcow2Image:
 
         Raises Error for what is no image, or a broken one, NeedsQemu for what is not read here.
         """
-        self.file = DiskFile(path, watch)
-        resources.callback(self.file.close)
+        self.file = resources.enter_context(contextlib.closing(DiskFile(path, watch)))
         self.identity = self.file.identity
         first = self.file.read(0, min(self.file.size, 64 << 10))
         try:
-            self.header = header = unpack_header(first)
+            self._header = header = unpack_header(first)
+            bits, length = header["cluster_bits"], header["header_length"]
+            self.cluster_size = 1 << min(bits, 21)
+            self._extensions = unpack_extensions(first[length : self.cluster_size])
         except ValueError as error:
             raise Error(f"{self.file.label} is no qcow2 image: {error}") from error
-        bits, version = header["cluster_bits"], header["version"]
-        if not 9 <= bits <= 21:
-            raise self.corrupt(f"clusters of 2^{bits} bytes")
-        self.cluster_size = 1 << bits
-        if version == 3 and not 104 <= header["header_length"] <= self.cluster_size:
-            raise self.corrupt(f"a header of {header['header_length']} bytes")
-        if needs_tables:
-            self._read_features(header)
+        if not 9 <= bits <= 21 or (header["version"] > 2 and not 104 <= length <= 1 << bits):
+            raise self._corrupt(f"clusters of 2^{bits} bytes, and a header of {length}")
         self.size = header["size"] // SECTOR_SIZE * SECTOR_SIZE
-        self._has_zero_flag = version > 2
-        try:
-            self._extensions = unpack_extensions(first[header["header_length"] : self.cluster_size])
-        except ValueError as error:
-            raise self.corrupt(str(error)) from error
+        self.is_encrypted = bool(header["crypt_method"])
         start, length = header["backing_file_offset"], header["backing_file_size"]
         if start and (length > MAX_BACKING_NAME_BYTES or start + length > self.cluster_size):
-            raise self.corrupt(f"a backing file's name of {length} bytes at offset {start}")
-        name = self._read(start, length) if start else b""
-        self.backing_file = c_string(name) or None
+            raise self._corrupt(f"a backing file's name of {length} bytes at offset {start}")
+        self.backing_file = c_string(self._read(start, length) if start else b"") or None
         self.backing_format = c_string(self._extensions.get(EXTENSION_BACKING_FORMAT, b""))
-        if not needs_tables:
-            return
-        self._open_data_file(watch, resources)
-        offset, count = header["l1_table_offset"], header["l1_size"]
-        if snapshot is not None:
-            offset, count, self.size = self._find_snapshot(snapshot)
-        self._read_l1(offset, count)
-        # For the last table that was decoded, and for tables whose entries rise evenly.
-        self._decoded = (-1, [], [])  # type: Tuple[int, List[Extent], List[int]]
-        digits = (1).to_bytes(ENTRY_SIZE, "big")
-        self._ones = int.from_bytes(digits * self._table_entries, "big")
-        ramp = pack_entries(entry_range(0, self.cluster_size, self._table_entries))
-        self._ramp = int.from_bytes(ramp, "big")
+        if needs_tables:
+            self._read_features()
+            self._data_file = self._open_data_file(watch, resources)
+            self._read_l1(snapshot)
 
-    def corrupt(self, what: str) -> Error:
-        """What to raise for an image that can't be right."""
+    def _corrupt(self, what: str) -> Error:
         return Error(f"{self.file.label} is corrupt: it has {what}; qemu-img check says more")
-
-    def _read_features(self, header: Dict[str, Any]) -> None:
-        features = header["incompatible_features"]
-        self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
-        self._is_extended = bool(features & INCOMPATIBLE_EXTENDED_L2)
-        known = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE
-        known |= INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2
-        kind = header["compression_type"] if header["header_length"] > 104 else 0
-        if bool(kind) != bool(features & INCOMPATIBLE_COMPRESSION):
-            raise self.corrupt("a compression type that its features don't match")
-        self.is_encrypted = bool(header["crypt_method"])
-        if features & ~known or kind > 1 or (kind and not has_zstd()):
-            raise NeedsQemu()
-        if self._is_extended and self.cluster_size < 16 << 10:
-            raise self.corrupt("subclusters of less than a sector")
-        self._inflate = inflate_zstd if kind else inflate_zlib
-        self.compression_type = "zstd" if kind else "zlib"
-        entry_size = 2 * ENTRY_SIZE if self._is_extended else ENTRY_SIZE
-        self._table_entries = self.cluster_size // entry_size
-        self._reach = self._table_entries * self.cluster_size  # of an L2 table, in bytes
-
-    def _open_data_file(self, watch: Watch, resources: contextlib.ExitStack) -> None:
-        self._data_file = self.file
-        if not self._is_external:
-            return
-        name = c_string(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
-        if not name:
-            raise NeedsQemu()
-        # QEMU looks for it in the current folder, and people beside the image.
-        beside = os.path.join(os.path.dirname(self.file.path), name)
-        self._data_file = DiskFile(name, watch)
-        resources.callback(self._data_file.close)
-        with ignore_unavailable(), contextlib.suppress(ValueError):
-            if file_identity(os.stat(beside)) != self._data_file.identity:
-                raise Error(
-                    f"the data file {quoted(name)} of {self.file.label} is looked for in the "
-                    "current folder, but the image's folder has one as well; change to that folder"
-                )
-
-    def _read_l1(self, offset: int, count: int) -> None:
-        length = count * ENTRY_SIZE
-        needed = div_up(self.size, self._reach)
-        if length > MAX_L1_BYTES or count < needed:
-            raise self.corrupt(f"an L1 table of {count} entries for {self.size} bytes")
-        if offset % self.cluster_size and count:
-            raise self.corrupt(f"an L1 table at offset {offset}")
-        self._l1 = unpack_entries(self._read(offset, needed * ENTRY_SIZE))
 
     def _read(self, offset: int, length: int) -> bytes:
         if offset + length > self.file.size:
             raise self.file.ended_early(self.file.size)
         return self.file.read(offset, length)
 
+    def _read_features(self) -> None:
+        kind, features = self._header["compression_type"], self._header["incompatible_features"]
+        self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
+        self._is_extended = bool(features & INCOMPATIBLE_EXTENDED_L2)
+        if features & ~KNOWN_FEATURES or kind > 1:
+            raise NeedsQemu()
+        if kind != bool(features & INCOMPATIBLE_COMPRESSION):
+            raise self._corrupt("a compression type that its features don't match")
+        self.compression_type, self._inflate = "zlib", inflate_zlib
+        if kind:
+            self.compression_type, self._inflate = "zstd", inflate_zstd
+            try:
+                libzstd() or import_zstd()
+            except ImportError:
+                raise NeedsQemu() from None
+
+    def _open_data_file(self, watch: Watch, resources: contextlib.ExitStack) -> DiskFile:
+        if not self._is_external:
+            return self.file
+        name = c_string(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
+        if not name:
+            raise NeedsQemu()
+        # QEMU looks for it in the current folder, and people beside the image.
+        data_file = resources.enter_context(contextlib.closing(DiskFile(name, watch)))
+        with ignore_unavailable():
+            beside = os.stat(os.path.join(os.path.dirname(self.file.path), name))
+            if file_identity(beside) != data_file.identity:
+                raise Error(
+                    f"the data file {quoted(name)} of {self.file.label} is looked for in the "
+                    "current folder, but the image's folder has one as well; change to that folder"
+                )
+        return data_file
+
+    def _read_l1(self, snapshot: Optional[str]) -> None:
+        offset, count = self._header["l1_table_offset"], self._header["l1_size"]
+        if snapshot is not None:
+            offset, count, self.size = self._find_snapshot(snapshot)
+        entry_size = EXTENDED_ENTRY_SIZE if self._is_extended else ENTRY_SIZE
+        self._reach = self.cluster_size // entry_size * self.cluster_size  # of an L2 table, bytes
+        needed = div_up(self.size, self._reach)
+        if count * ENTRY_SIZE > MAX_L1_BYTES or count < needed:
+            raise self._corrupt(f"an L1 table of {count} entries for {self.size} bytes")
+        if offset % self.cluster_size and count:
+            raise self._corrupt(f"an L1 table at offset {offset}")
+        self._l1 = unpack_entries(self._read(offset, needed * ENTRY_SIZE))
+        self._decoded = (-1, [])  # type: Tuple[int, List[Extent]]  # the last table that was
+
     def _find_snapshot(self, wanted: str) -> Tuple[int, int, int]:
         """(offset and entries of a snapshot's L1 table, its disk's size)."""
-        position, count = self.header["snapshots_offset"], self.header["nb_snapshots"]
-        if count > MAX_SNAPSHOTS:
-            raise self.corrupt(f"{count} snapshots")
-        by_id = {}  # type: Dict[str, Tuple[int, int, int]]
-        by_name = {}  # type: Dict[str, Tuple[int, int, int]]
-        for _ in range(count):
+        by_id, by_name = {}, {}  # type: Dict[str, Tuple[int, int, int]], Dict[str, Any]
+        position = self._header["snapshots_offset"]
+        for _ in range(min(self._header["nb_snapshots"], MAX_SNAPSHOTS)):
             fields = SNAPSHOT_STRUCT.unpack(self._read(position, SNAPSHOT_STRUCT.size))
             offset, entries, id_size, name_size, *_, extra_size = fields
             position += SNAPSHOT_STRUCT.size
             extra = self._read(position, min(extra_size, 16))
-            name_bytes = self._read(position + extra_size, id_size + name_size)
             size = int.from_bytes(extra[8:], "big") if len(extra) == 16 else self.size
+            position += extra_size
+            names = self._read(position, id_size + name_size)
+            position = align_up(position + len(names), 8)
             found = offset, entries, size // SECTOR_SIZE * SECTOR_SIZE
-            by_id.setdefault(os.fsdecode(name_bytes[:id_size]), found)
-            by_name.setdefault(os.fsdecode(name_bytes[id_size:]), found)
-            length = SNAPSHOT_STRUCT.size + extra_size + id_size + name_size
-            position += align_up(length, 8) - SNAPSHOT_STRUCT.size
-        if wanted not in by_id and wanted not in by_name:
-            names = ", ".join(map(quoted, by_name)) or "none"
-            raise Error(f"{self.file.label} has no snapshot {quoted(wanted)}; it has {names}")
-        return by_id[wanted] if wanted in by_id else by_name[wanted]
+            by_id.setdefault(os.fsdecode(names[:id_size]), found)
+            by_name.setdefault(os.fsdecode(names[id_size:]), found)
+        return by_id.get(wanted) or self._named("snapshot", wanted, by_name)
+
+    def _named(self, kind: str, name: str, found: Dict[str, Any]) -> Any:
+        if name not in found:
+            has = ", ".join(map(quoted, found)) or "none that counts"
+            raise Error(f"{self.file.label} has no {kind} {quoted(name)}; it has {has}")
+        return found[name]
 
     def inflate(self, offset: int, stored: int) -> bytes:
         """The cluster that is compressed in `stored` bytes at an offset. For any thread."""
@@ -1141,10 +1225,8 @@ class Qcow2Image:
         except ValueError:
             cluster = b""
         if len(cluster) != self.cluster_size:
-            raise ReadError(
-                f"cannot read {self.file.label}: the compressed cluster at offset {offset} is "
-                "damaged"
-            )
+            what = f"the compressed cluster at offset {offset} is damaged"
+            raise ReadError(f"cannot read {self.file.label}: {what}")
         return cluster
 
     def runs(self, start: int, end: int) -> Iterator[Extent]:
@@ -1155,26 +1237,20 @@ class Qcow2Image:
         end = min(end, self.size)
         for index in range(start // self._reach, div_up(end, self._reach)):
             if self._decoded[0] != index:
-                extents = self._decode(index) if self._l1[index] & OFFSET_MASK else []
-                self._decoded = index, extents, [extent[1] for extent in extents]
-            _, extents, ends = self._decoded
-            if not extents:
-                continue
-            import bisect
-
-            for at in range(bisect.bisect_right(ends, start), len(extents)):
+                self._decoded = index, self._decode(index)
+            extents = self._decoded[1]
+            for at in range(max(0, bisect.bisect(extents, (start + 1,)) - 1), len(extents)):
                 extent = extents[at]
                 if extent[0] >= end:
                     return
-                if extent[0] < start or extent[1] > end:
-                    yield cut(extent, max(start, extent[0]), min(end, extent[1]))
-                else:
+                if start <= extent[0] and extent[1] <= end:
                     yield extent
+                elif extent[1] > start:
+                    yield cut(extent, max(start, extent[0]), min(end, extent[1]))
 
     def compressed_offsets(self) -> "array[int]":
         """The host offsets of all compressed clusters, sorted."""
-        offsets = array("Q", (run[3] for run in self.runs(0, self.size) if run[4]))
-        return array("Q", sorted(offsets))
+        return array("Q", sorted(run[3] for run in self.runs(0, self.size) if run[4]))
 
     def check_end(self) -> None:
         """Raise Error if the last table in use, or what it leads to, lies behind the file's end."""
@@ -1184,129 +1260,46 @@ class Qcow2Image:
                 return
 
     def _decode(self, index: int) -> List[Extent]:
-        """The runs of the clusters in one L2 table (section "Cluster mapping")."""
+        """The extents that one L2 table leads to, those that read as zeros among them."""
         offset = self._l1[index] & OFFSET_MASK
         if offset % self.cluster_size:
-            raise self.corrupt(f"an L2 table at offset {offset}")
-        table = self._read(offset, self.cluster_size)
+            raise self._corrupt(f"an L2 table at offset {offset}")
+        table = self._read(offset, self.cluster_size) if offset else b""
         if table == zeros(len(table)):
             return []
-        entries = unpack_entries(table)
-        start, size = index * self._reach, self.cluster_size
-        first, last = entries[0], entries[-1]
-        if not self._is_extended and first & OFFSET_MASK and last - first == self._reach - size:
-            is_plain = not first & (OFLAG_COMPRESSED | size - 1)
-            if is_plain and int.from_bytes(table, "big") - first * self._ones == self._ramp:
-                run = start, start + self._reach, self._data_file, first & OFFSET_MASK, 0
-                return list(self._within_file([run]))
-        find = self._subcluster_runs if self._is_extended else self._cluster_runs
-        return list(self._within_file(find(entries, start)))
+        start = index * self._reach
+        # In an external data file, offset 0 may be a cluster's place.
+        allocated = OFFSET_MASK | (OFLAG_COPIED if self._is_external else 0)
+        if self._is_extended:
+            runs = extended_table_runs(table, start, allocated)
+        else:
+            flags = OFLAG_ZERO if self._header["version"] > 2 else 0
+            runs = table_runs(table, start, allocated, (self.cluster_size - 1) & ~flags)
+        try:
+            return list(self._extents(runs))
+        except ValueError as error:
+            raise self._corrupt(str(error)) from error
 
-    def _cluster_runs(self, entries: "array[int]", start: int) -> Iterator[Extent]:
-        """Runs of clusters that follow each other in the file too."""
-        size, data_file, has_zero_flag = self.cluster_size, self._data_file, self._has_zero_flag
-        is_external = self._is_external
-        first = end = start
-        file, shift = None, None  # type: Any, Optional[int]  # of the run: offset minus guest's
-        for entry in entries:
-            if not entry & OFLAG_COMPRESSED:
-                offset = entry & OFFSET_MASK
-                if entry & OFLAG_ZERO and has_zero_flag:
-                    next_shift, next_file = 0, None
-                elif offset or (is_external and entry & OFLAG_COPIED):
-                    next_shift, next_file = offset - start, data_file
-                else:
-                    start += size
-                    continue
-                if next_shift != shift or next_file is not file or start != end:
-                    if end > first:
-                        yield first, end, file, first + (shift or 0), 0
-                    first, shift, file = start, next_shift, next_file
-                if entry & size - 1 & ~OFLAG_ZERO or (entry & OFLAG_ZERO and not has_zero_flag):
-                    raise self.corrupt(f"the L2 entry {entry:#x}")
-                end = start + size
-            else:
-                if end > first:
-                    yield first, end, file, first + (shift or 0), 0
-                first = end = start + size
-                yield self._compressed(entry, start)
-            start += size
-        if end > first:
-            yield first, end, file, first + (shift or 0), 0
-
-    def _compressed(self, entry: int, start: int) -> Extent:
-        """The cluster of a descriptor (section "Compressed Clusters Descriptor")."""
-        bits = 62 - (self.header["cluster_bits"] - 8)
-        offset = entry & (1 << bits) - 1
-        sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
-        stored = (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
-        stored = min(stored, self.file.size - offset)  # it is an upper bound
-        if self._is_external:
-            raise self.corrupt("a compressed cluster beside an external data file")
-        if stored <= 0:
-            raise self.file.ended_early(self.file.size)
-        return start, start + self.cluster_size, self, offset, stored
-
-    def _subcluster_runs(self, entries: "array[int]", start: int) -> Iterator[Extent]:
-        """The same of extended L2 entries (section "Extended L2 Entries")."""
-        size = self.cluster_size
-        unit = size // 32
-        for index in range(0, len(entries), 2):
-            entry, bitmap = entries[index], entries[index + 1]
-            offset = entry & OFFSET_MASK
-            if entry & OFLAG_COMPRESSED:
-                yield self._compressed(entry, start)
-            elif entry or bitmap:
-                allocated, zero = bitmap & ALL_SUBCLUSTERS, bitmap >> 32
-                has_place = offset or (self._is_external and entry & OFLAG_COPIED)
-                if allocated & zero or (allocated and not has_place) or offset % size:
-                    raise self.corrupt(f"the L2 entry {entry:#x} with bitmap {bitmap:#x}")
-                for bits, file in ((allocated, self._data_file), (zero, None)):
-                    if bits == ALL_SUBCLUSTERS:
-                        yield start, start + size, file, offset, 0
-                if ALL_SUBCLUSTERS not in (allocated, zero):
-                    states = ((allocated >> at & 1) + 2 * (zero >> at & 1) for at in range(32))
-                    at = 0
-                    for state, group in itertools.groupby(states):
-                        count = len(list(group))
-                        first, end = start + at * unit, start + (at + count) * unit
-                        if state:
-                            file = self._data_file if state == 1 else None
-                            yield first, end, file, offset + at * unit, 0
-                        at += count
-            start += size
-
-    def _within_file(self, runs: Iterable[Extent]) -> Iterator[Extent]:
+    def _extents(self, runs: Iterable[Run]) -> Iterator[Extent]:
         """The runs up to the disk's end. Raises Error where a file ends before its data."""
-        for run in runs:
-            start, end, file, offset, stored = run
-            end = min(end, self.size)
-            if file is not None and not stored and offset + end - start > file.size:
-                if not self._is_external:
-                    raise file.ended_early(file.size)
-                end = start + max(0, file.size - offset)  # behind the end of a data file: zeros
-                if end < run[1]:
-                    yield max(start, end), min(run[1], self.size), None, 0, 0
-            if end > start:
-                yield start, end, file, offset, stored
-
-    def refuse_if_open_for_writing(self) -> None:
-        """Raise Error if QEMU has the image open for writing: its tables would change.
-
-        QEMU's locks are asked for, not taken.
-        """
-
-        flock = "hhqqi"  # type, whence, start, length, process
-        for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
-            wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            with contextlib.suppress(OSError):  # not on this file system
-                found = struct.unpack(flock, fcntl.fcntl(self.file.fd, F_OFD_GETLK, wanted))
-                if found[0] != fcntl.F_UNLCK:
-                    raise Error(
-                        f"{self.file.label} is open for writing, in a running VM or a daemon, and "
-                        "its tables may change at any time; read that one's NBD export, or make "
-                        "an external snapshot and export what is below it"
-                    )
+        data_file, data_size = self._data_file, self._data_file.size
+        for start, whole_end, kind, offset, stored in runs:
+            end = min(whole_end, self.size)
+            if start >= end:
+                break
+            if kind == RUN_ZERO:
+                yield start, end, None, 0, 0
+            elif kind == RUN_COMPRESSED and offset < self.file.size:
+                yield start, end, self, offset, min(stored, self.file.size - offset)
+            elif kind == RUN_DATA and offset + end - start <= data_size:
+                yield start, end, data_file, offset, 0
+            elif kind == RUN_COMPRESSED or not self._is_external:
+                raise self.file.ended_early(self.file.size)
+            else:  # behind the end of a data file are zeros
+                middle = start + max(0, data_size - offset)
+                if middle > start:
+                    yield start, middle, data_file, offset, 0
+                yield middle, end, None, 0, 0
 
     def bitmap_ranges(self, name: str) -> Tuple[Iterator[Range], bool]:
         """(the byte ranges that a dirty bitmap says have changed, whether it is recording).
@@ -1314,49 +1307,38 @@ class Qcow2Image:
         Raises Error if there is none of that name, or if it can't be relied on.
         """
         directory = self._extensions.get(EXTENSION_BITMAPS, b"")
-        found = None
-        names = []
-        if len(directory) == 24 and self.header["autoclear_features"] & AUTOCLEAR_BITMAPS:
-            count, size, position = struct.unpack(">I4xQQ", directory)
-            for _ in range(min(count, MAX_BITMAPS, size // BITMAP_STRUCT.size)):
+        bitmaps = {}  # type: Dict[str, Tuple[int, ...]]
+        if len(directory) == 24 and self._header["autoclear_features"] & AUTOCLEAR_BITMAPS:
+            count, position = struct.unpack(">I12xQ", directory)
+            for _ in range(min(count, MAX_BITMAPS)):
                 fields = BITMAP_STRUCT.unpack(self._read(position, BITMAP_STRUCT.size))
-                name_size, extra_size = fields[5:]
-                text = self._read(position + BITMAP_STRUCT.size + extra_size, name_size)
-                names.append(os.fsdecode(text))
-                if names[-1] == name:
-                    found = fields
-                position += align_up(BITMAP_STRUCT.size + extra_size + name_size, 8)
-        what = f"the bitmap {quoted(name)} of {self.file.label}"
-        if found is None:
-            has = ", ".join(map(quoted, names)) or "none that counts"
-            raise Error(f"there is no {what[4:]}; it has {has}")
-        offset, count, flags, kind, granularity_bits, _, extra_size = found
+                position += BITMAP_STRUCT.size + fields[-1]
+                bitmaps[os.fsdecode(self._read(position, fields[-2]))] = fields
+                position = align_up(position + fields[-2], 8)
+        fields = self._named("bitmap", name, bitmaps)
+        offset, count, flags, kind, granularity_bits, _, extra_size = fields
         if flags & BITMAP_IN_USE or extra_size or kind != DIRTY_BITMAP:
             raise Error(
-                f"{what} is in use or inconsistent: whoever wrote it has not closed the image; "
-                "export the whole disk, and begin with a new bitmap"
+                f"the bitmap {quoted(name)} of {self.file.label} is in use or inconsistent: its "
+                "writer has not closed the image; export the whole disk and begin a new bitmap"
             )
         reach = self.cluster_size * 8 << granularity_bits  # of a cluster of the bitmap, in bytes
-        is_whole = count == div_up(self.header["size"], reach)
+        is_whole = count == div_up(self._header["size"], reach)
         if granularity_bits > 31 or not is_whole or count * ENTRY_SIZE > MAX_L1_BYTES:
-            raise self.corrupt(f"a bitmap with a table of {count} entries")
+            raise self._corrupt(f"a bitmap with a table of {count} entries")
         table = unpack_entries(self._read(offset, count * ENTRY_SIZE))
         return joined(self._dirty_ranges(table, granularity_bits)), bool(flags & BITMAP_AUTO)
 
     def _dirty_ranges(self, table: "array[int]", granularity_bits: int) -> Iterator[Range]:
         bits = self.cluster_size * 8
         for index, entry in enumerate(table):
-            first = index * bits
-            offset = entry & OFFSET_MASK
-            if offset:
-                number = int.from_bytes(self._read(offset, self.cluster_size), "little")
-                digits = format(number, f"0{bits}b")[::-1]
-                spans = [run.span() for run in re.finditer("1+", digits)]
-            else:
-                spans = [(0, bits)] if entry & 1 else []
-            for start, end in spans:
-                at, to = (first + start) << granularity_bits, (first + end) << granularity_bits
-                yield at, min(to, self.size)
+            spans = [(0, bits)] if entry & 1 else []
+            if entry & OFFSET_MASK:
+                data = self._read(entry & OFFSET_MASK, self.cluster_size)
+                spans = set_bits(int.from_bytes(data, "little"), bits)
+            for span in spans:
+                start, end = ((index * bits + bit) << granularity_bits for bit in span)
+                yield start, min(end, self.size)
 
 
 class ChainSource(Source):
@@ -1375,20 +1357,21 @@ class ChainSource(Source):
 
     def _extents_of(self, depth: int, start: int, end: int) -> Iterator[Extent]:
         """What the members from a depth on hold. Past the end of a shorter one are zeros."""
+        if depth == len(self._members):
+            return
         member = self._members[depth]
         end = min(end, member.size)
         if isinstance(member, DiskFile):
             for first, last in member.data_ranges(end, start) if start < end else ():
                 yield first, last, member, first, 0
             return
-        has_more = depth + 1 < len(self._members)
         for extent in member.runs(start, end):
-            if has_more and start < extent[0]:
+            if start < extent[0]:
                 yield from self._extents_of(depth + 1, start, extent[0])
             if extent[2] is not None:
                 yield extent
             start = extent[1]
-        if has_more and start < end:
+        if start < end:
             yield from self._extents_of(depth + 1, start, end)
 
 
@@ -1403,8 +1386,7 @@ def open_qcow2(
     fmt = "qcow2"
     while True:
         if fmt == "raw":
-            members.append(DiskFile(path, watch))
-            resources.callback(members[-1].close)
+            members.append(resources.enter_context(contextlib.closing(DiskFile(path, watch))))
             return ChainSource(members, watch)
         try:
             image = Qcow2Image(path, watch, resources, None if members else snapshot)
@@ -1414,7 +1396,7 @@ def open_qcow2(
             return None
         if image.identity in [member.identity for member in members]:
             raise Error(f"the chain of {members[0].file.label} contains {image.file.label} twice")
-        image.refuse_if_open_for_writing()
+        refuse_if_open_for_writing(image.file)
         members.append(image)
         name, fmt = image.backing_file, image.backing_format
         if name is None:
@@ -1555,9 +1537,9 @@ def start_tls(sock: Any, address: NbdAddress) -> Any:
     return context.wrap_socket(sock, server_hostname=None if address.socket else address.host)
 
 
-def error_text(number: int) -> str:
-    """What a server's error number means: the protocol's are Linux's."""
-    return os.strerror(number) if number < 1 << 12 else f"error {number}"
+def shown_text(data: bytes) -> str:
+    """What a server or a program says, as it may stand in a message."""
+    return quoted(data.decode("utf-8", "replace"))[1:-1]
 
 
 class NbdHandshake:
@@ -1582,10 +1564,6 @@ class NbdHandshake:
         self.sock = sock
         self._reader = sock.makefile("rb", NBD_BUFFER_SIZE)
 
-    def send(self, data: Union[bytes, bytearray]) -> None:
-        """Send all of data."""
-        self.sock.sendall(data)
-
     def run(self, export: str, wanted: Sequence[str], address: Optional[NbdAddress]) -> None:
         """Negotiate.
 
@@ -1603,7 +1581,7 @@ class NbdHandshake:
         if not flags & NBD_FLAG_FIXED_NEWSTYLE:
             raise ValueError("the server talks an old protocol; fixed newstyle is needed")
         flags &= NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
-        self.send(struct.pack(">I", flags))
+        self.sock.sendall(struct.pack(">I", flags))
         if address is not None:
             replies = None
             with contextlib.suppress(ValueError):
@@ -1652,7 +1630,7 @@ class NbdHandshake:
                 self.contexts[os.fsdecode(payload[4:])] = int.from_bytes(payload[:4], "big")
 
     def _send_option(self, option: int, data: bytes) -> None:
-        self.send(NBD_OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)
+        self.sock.sendall(NBD_OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)
 
     def _ask(self, option: int, data: bytes = b"") -> Optional[List[Tuple[int, bytes]]]:
         """What the server replies to an option: type and payload of each; None if unknown to it."""
@@ -1669,7 +1647,7 @@ class NbdHandshake:
                 return None
             if kind & NBD_REP_ERROR:
                 number = kind - NBD_REP_ERROR
-                said = quoted(payload.decode("utf-8", "replace"))[1:-1] or f"error {number}"
+                said = shown_text(payload) or f"error {number}"
                 raise ValueError(NBD_REFUSALS.get(number, "the server refuses") + f" ({said})")
             replies.append((kind, payload))
         raise ValueError("the server breaks the protocol")
@@ -1688,17 +1666,15 @@ class NbdHandshake:
 
 
 class NbdRequest:
-    """A part of a batch of requests, and what has come of its answer.
+    """One of a batch of requests, and what has come of its answer.
 
     view        where the data that is read goes; None if something else is asked for
     context     the metadata context that is asked for
     batch       of the whole batch, in a list: the number of requests that are not answered yet
     left        bytes of data that have not come yet
     extents     a block status answer: pairs of a length and a state, 32 bits each
-    error       the server's error number, what it says, and the offset where
+    error       the server's error number, what that means, and the offset where
     """
-
-    __slots__ = ("batch", "context", "error", "extents", "left", "length", "offset", "view")
 
     def __init__(self, offset: int, length: int, view: Any = None, context: int = 0) -> None:
         self.offset, self.length, self.view, self.context = offset, length, view, context
@@ -1715,6 +1691,11 @@ class NbdRequest:
         self.left -= length
         return self.view[start : start + length]
 
+    def fail(self, number: int, offset: int, said: str = "") -> None:
+        """Take an error: the protocol's numbers are Linux's."""
+        text = os.strerror(number) if number < 1 << 12 else f"error {number}"
+        self.error = number, text + (f" ({said})" if said else ""), offset
+
 
 class NbdExport:
     """An NBD server's export, with the methods of a DiskFile.
@@ -1724,7 +1705,6 @@ class NbdExport:
     """
 
     fd = None
-    is_regular = False
     is_remote = True
 
     def __init__(
@@ -1747,7 +1727,7 @@ class NbdExport:
 
         self.label = label
         self.identity = ("nbd", id(self))
-        self._broken = None  # type: Optional[str]
+        self._broken = ""  # why nothing more can be asked
         self._handshake = shake = NbdHandshake(sock)
         names = ["base:allocation"]
         if bitmap is not None:
@@ -1761,18 +1741,16 @@ class NbdExport:
         if names[-1] not in shake.contexts and bitmap is not None:
             raise Error(f"cannot open {label}: its server has no dirty bitmap {quoted(bitmap)}")
         self.size, self.block_size = shake.size, max(shake.block_size, SECTOR_SIZE)
-        self._unit = shake.block_size
-        self._read_size = min(shake.max_read, max(NBD_READ_SIZE, self._unit))
+        self._bitmap = shake.contexts.get(names[-1])
+        self._read_size = min(shake.max_read, max(NBD_READ_SIZE, shake.block_size))
         can_df = shake.is_structured and shake.flags & NBD_FLAG_SEND_DF
         self._read_flags = NBD_CMD_FLAG_DF if can_df else 0  # else qemu-nbd sends many chunks
-        self._bitmap = shake.contexts.get(names[-1])
-        # OpenSSL allows no two threads in one session: with TLS, one batch after the other.
-        self._alone = threading.Lock() if address else contextlib.ExitStack()  # type: Any
         self._sending = threading.Lock()
-        self._state = threading.Condition(threading.Lock())  # for what follows
-        self._waiting = {}  # type: Dict[int, NbdRequest]
-        self._last_cookie = 0
-        self._is_receiving = False
+        # OpenSSL allows no two threads in one session.
+        self._receiving = self._sending if address else threading.Lock()
+        self._answered = threading.Condition()  # a batch is complete, or its receiver has ended
+        self._cookies = itertools.count()
+        self._waiting = {}  # type: Dict[int, NbdRequest]  # for an answer, by cookie
 
     def close(self) -> None:
         """Close the connection. A thread that still receives is stopped by that."""
@@ -1793,65 +1771,43 @@ class NbdExport:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill all of view from offset on. Raises Error where the server can't."""
-        end = offset + len(view)
-        first, last = self._whole_blocks(offset, end)
-        if end > last:
+        if offset + len(view) > self.size:
             raise self.read_error(offset, f"it has {self.size} bytes")
-        is_aligned = (first, last) == (offset, end)
-        target = view if is_aligned else memoryview(bytearray(last - first))
-        step = self._read_size
-        starts = range(first, last, step)
-        parts = [target[start - first : start - first + step] for start in starts]
-        self._read([NbdRequest(at, len(part), part) for at, part in zip(starts, parts)])
-        if not is_aligned:
-            view[:] = target[offset - first : end - first]
+        self._read([(view, offset)])
 
     def look_at_heads(self, offsets: "range") -> bytearray:
-        """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
-
-        A head that the export's end cuts counts as zeros. Ends early after MAX_ZERO_HEADS in a
-        row. The flags are those of DiskFile.look_at_heads().
-        """
+        """Read the first HEAD_SIZE bytes at some offsets: see DiskFile.look_at_heads()."""
         flags = bytearray()
         for begin in range(0, len(offsets), NBD_HEADS):
-            batch = offsets[begin : begin + NBD_HEADS]
-            whole = [at for at in batch if at + HEAD_SIZE <= self.size]
-            blocks = [self._whole_blocks(at, at + HEAD_SIZE) for at in whole]
-            buffers = [bytearray(last - first) for first, last in blocks]
-            self._read(
-                [
-                    NbdRequest(first, len(buffer), memoryview(buffer))
-                    for (first, _), buffer in zip(blocks, buffers)
-                ]
-            )
-            for at, (first, _), buffer in zip(whole, blocks, buffers):
-                flags.append(buffer[at - first : at - first + HEAD_SIZE] != _ZERO_HEAD)
+            whole = [at for at in offsets[begin : begin + NBD_HEADS] if at + HEAD_SIZE <= self.size]
+            heads = [bytearray(HEAD_SIZE) for _ in whole]
+            self._read([(memoryview(head), at) for head, at in zip(heads, whole)])
+            for head in heads:
+                flags.append(head != _ZERO_HEAD)
                 if flags.endswith(_ZERO_HEADS):
                     return flags
-            flags += bytes(len(batch) - len(whole))
-        return flags
+        return flags + bytes(len(offsets) - len(flags))
 
     def data_ranges(self, end: int) -> Iterator[Range]:
         """(start, end) of what may be no zeros before end; all of it if the server can't say."""
         context = self._handshake.contexts.get("base:allocation")
         if context is None:
             return iter([(0, end)] if end else [])
-        return self._ranges(context, end, NBD_STATE_ZERO, 0)
+        return joined(self._ranges(context, end, NBD_STATE_ZERO, 0))
 
     def bitmap_ranges(self, end: int) -> Iterator[Range]:
         """(start, end) of what the dirty bitmap says has changed before end."""
         assert self._bitmap is not None
-        return self._ranges(self._bitmap, end, NBD_STATE_DIRTY, NBD_STATE_DIRTY)
+        return joined(self._ranges(self._bitmap, end, NBD_STATE_DIRTY, NBD_STATE_DIRTY))
 
     def _whole_blocks(self, start: int, end: int) -> Range:
         """The server's blocks around a range; the last may be cut by the end of the export."""
-        block = self._unit
+        block = self._handshake.block_size
         return start // block * block, min(align_up(end, block), self.size)
 
     def _ranges(self, context: int, end: int, mask: int, wanted: int) -> Iterator[Range]:
-        """(start, end), joined, of where the bits of mask in the block status are as wanted."""
+        """(start, end) of where the bits of mask in the block status are as wanted."""
         position = 0
-        start = None  # type: Optional[int]
         while position < end:
             at, last = self._whole_blocks(position, min(end, position + MAX_NBD_STATUS))
             request = NbdRequest(at, min(last - at, MAX_NBD_STATUS), context=context)
@@ -1859,119 +1815,103 @@ class NbdExport:
             before = position
             for length, state in struct.iter_unpack(">II", request.extents):
                 at += length
-                if at <= position:
-                    continue  # the block before position was asked for again
-                if (state & mask == wanted) != (start is not None):
-                    if start is not None:
-                        yield start, position
-                    start = position if start is None else None
-                position = at
-                if position >= end:
-                    break
+                start, position = position, max(position, min(at, end))
+                if position > start and state & mask == wanted:
+                    yield start, position
             if position == before:
                 raise self.read_error(position, "the server gives no block status")
-        if start is not None:
-            yield start, end
 
-    def _read(self, requests: List[NbdRequest]) -> None:
+    def _read(self, pieces: Sequence[Tuple[memoryview, int]]) -> None:
+        """Fill each view from its offset on, by reading whole blocks."""
+        requests, copies = [], []
+        for view, offset in pieces:
+            first, last = self._whole_blocks(offset, offset + len(view))
+            target = view
+            if last - first > len(view):
+                target = memoryview(bytearray(last - first))
+                copies.append((view, target[offset - first :]))
+            for at in range(first, last, self._read_size):
+                part = target[at - first : at - first + self._read_size]
+                requests.append(NbdRequest(at, len(part), part))
         flags = self._read_flags
         try:
             self._perform(NBD_CMD_READ, flags, requests)
-        except Error:
-            if not flags or not any(
-                each.error and each.error[0] == NBD_EOVERFLOW for each in requests
-            ):
+        except ReadError:
+            if not flags or NBD_EOVERFLOW not in [
+                each.error and each.error[0] for each in requests
+            ]:
                 raise
             self._read_flags = 0  # it can't send so much in one chunk
-            self._read([NbdRequest(each.offset, each.length, each.view) for each in requests])
+            self._read(pieces)
+            return
+        for view, target in copies:
+            view[:] = target[: len(view)]
 
     def _perform(self, command: int, flags: int, requests: List[NbdRequest]) -> None:
         """Send requests, and wait until all are answered. Raises Error if one of them fails."""
-        with self._alone:
-            self._exchange(command, flags, requests)
-
-    def _exchange(self, command: int, flags: int, requests: List[NbdRequest]) -> None:
         batch = [len(requests)]
         packets = bytearray()
-        with self._state:
-            for request in requests:
-                request.batch = batch
-                self._last_cookie += 1
-                self._waiting[self._last_cookie] = request
-                packets += NBD_REQUEST.pack(
-                    NBD_REQUEST_MAGIC,
-                    flags,
-                    command,
-                    self._last_cookie,
-                    request.offset,
-                    request.length,
-                )
+        for request, cookie in zip(requests, self._cookies):
+            request.batch = batch
+            self._waiting[cookie] = request
+            packets += NBD_REQUEST.pack(
+                NBD_REQUEST_MAGIC, flags, command, cookie, request.offset, request.length
+            )
         try:
             with self._sending:
-                self._handshake.send(packets)
+                self._handshake.sock.sendall(packets)
         except OSError as error:
-            self._break(error)
-        with self._state:
-            while batch[0] and self._broken is None:
-                if self._is_receiving:
-                    self._state.wait()
-                    continue
-                self._is_receiving = True
-                self._state.release()
-                try:
-                    self._receive_all(batch)
-                finally:
-                    self._state.acquire()
-                    self._is_receiving = False
-                    self._state.notify_all()
+            self._broken = self._broken or socket_reason(error)
+        while batch[0] and not self._broken:
+            if self._receiving.acquire(False):
+                self._receive(batch)
+                continue
+            with self._answered:
+                if batch[0] and self._receiving.locked():
+                    self._answered.wait()
         if batch[0]:
-            raise Error(str(self.read_error(requests[0].offset, str(self._broken))))
+            raise Error(str(self.read_error(requests[0].offset, self._broken)))
         for request in requests:
             if request.error:
                 raise self.read_error(request.error[2], request.error[1])
 
-    def _break(self, error: Exception) -> None:
-        with self._state:
-            self._broken = self._broken or socket_reason(error)
-            self._state.notify_all()
-
-    def _receive_all(self, batch: List[int]) -> None:
-        """Receive answers, until those to a batch are complete."""
+    def _receive(self, batch: List[int]) -> None:
+        """Receive answers, until those to a batch are complete, and let another thread do so."""
         try:
-            while batch[0] and self._broken is None:
-                request = self._receive_chunk()
-                if request is not None and request.batch is not batch and not request.batch[0]:
-                    with self._state:
-                        self._state.notify_all()
+            while batch[0] and not self._broken:
+                self._receive_reply()
         except (OSError, ValueError, struct.error) as error:
-            self._break(error)
+            self._broken = socket_reason(error)
+        finally:
+            self._receiving.release()
+            with self._answered:
+                self._answered.notify_all()
 
-    def _receive_chunk(self) -> Optional[NbdRequest]:
-        """Receive a reply, or a chunk of a structured one. Returns the request if that is all."""
+    def _receive_reply(self) -> None:
+        """Receive a reply, or a chunk of a structured one, to a request of any thread."""
         shake = self._handshake
         magic, high, low, cookie = NBD_REPLY.unpack(shake.receive(NBD_REPLY.size))
         request = self._waiting.get(cookie)
         if request is None:
             raise ValueError("the server answers what was not asked")
-        if magic == NBD_SIMPLE_REPLY_MAGIC:
-            is_done = True
-            number = high << 16 | low
-            if number:
-                request.error = (number, error_text(number), request.offset)
-            elif not shake.is_structured:
-                shake.receive_into(request.place(request.offset, request.length))
-        elif magic == NBD_STRUCTURED_REPLY_MAGIC and shake.is_structured:
-            is_done = bool(high & NBD_REPLY_FLAG_DONE)
+        is_last = True
+        if magic == NBD_STRUCTURED_REPLY_MAGIC and shake.is_structured:
+            is_last = bool(high & NBD_REPLY_FLAG_DONE)
             self._receive_payload(request, low, int.from_bytes(shake.receive(4), "big"))
-        else:
+        elif magic != NBD_SIMPLE_REPLY_MAGIC:
             raise ValueError("the server breaks the protocol")
-        if not is_done:
-            return None
-        if request.left and not request.error:
-            raise ValueError("the server's answer is not complete")
-        del self._waiting[cookie]
-        request.batch[0] -= 1
-        return request
+        elif high or low:
+            request.fail(high << 16 | low, request.offset)
+        elif not shake.is_structured:
+            shake.receive_into(request.place(request.offset, request.length))
+        if is_last:
+            if request.left and not request.error:
+                raise ValueError("the server's answer is not complete")
+            del self._waiting[cookie]
+            request.batch[0] -= 1
+            if not request.batch[0]:
+                with self._answered:
+                    self._answered.notify_all()
 
     def _receive_payload(self, request: NbdRequest, kind: int, length: int) -> None:
         """Receive the payload of a chunk, `length` bytes."""
@@ -1990,12 +1930,10 @@ class NbdExport:
                 request.extents = request.extents or payload[4 : 4 + (length - 4) // 8 * 8]
         elif kind & NBD_REPLY_ERROR_BIT:
             number, size = struct.unpack_from(">IH", payload)
-            text = quoted(payload[6 : 6 + size].decode("utf-8", "replace"))[1:-1]
             offset = request.offset
             if kind == NBD_REPLY_ERROR_OFFSET:
                 (offset,) = struct.unpack_from(">Q", payload, 6 + size)
-            text = error_text(number) + (f" ({text})" if text else "")
-            request.error = (number, text, offset)
+            request.fail(number, offset, shown_text(payload[6 : 6 + size]))
         elif kind != NBD_REPLY_NONE:
             raise ValueError("the server breaks the protocol")
 
@@ -2018,17 +1956,15 @@ def connect_nbd_uri(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     except (OSError, ValueError) as error:
         raise Error(f"cannot open {quoted(uri)}: {socket_reason(error)}") from error
-    sock.settimeout(None)
-    export = NbdExport(
-        sock, quoted(uri), address.export, address if address.has_tls else None, bitmap
-    )
-    resources.callback(export.close)
-    return export
+    tls = address if address.has_tls else None
+    export = NbdExport(sock, quoted(uri), address.export, tls, bitmap)
+    return resources.enter_context(contextlib.closing(export))
 
 
 # Formats that only QEMU knows: where its programs say that data lies in one file, it is read there;
 # all else is shown by a qemu-nbd of our own.
 
+END_OF_QEMU_TIMEOUT = 3  # seconds for qemu-nbd to end by itself: it may wait for a server
 QEMU_PACKAGES = "qemu-utils (Debian) or qemu-img (Fedora)"
 SOCKET_FOLDERS = ("/dev/shm", "/run", "/tmp")  # after $TMPDIR
 SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
@@ -2036,6 +1972,12 @@ PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
 FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in map
 MAX_VMDK_DESCRIPTOR = 1 << 20  # bytes; QEMU reads no more either
 COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
+QEMU_HINTS = (  # of what its programs say, what to do about it
+    ("Failed to get.*lock", "a running VM holds the image: export its snapshot, or stop the VM"),
+    ("key-secret", "name the key: --object secret,id=s,file=KEY --image-opts driver=qcow2,"
+     "encrypt.key-secret=s,file.filename=IMAGE"),
+    ("Unknown driver", "QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"),
+)  # fmt: skip
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
 VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
 VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
@@ -2062,10 +2004,8 @@ class ImageName(NamedTuple):
             driver = "host_device" if is_block_device(self.name) else "file"
             name = self.name.replace(",", ",,")
             options = f"driver={self.format},file.driver={driver},file.filename={name}"
-        arguments = [b"--image-opts", os.fsencode(options + ",force-share=on")]
-        for definition in objects:
-            arguments += [b"--object", os.fsencode(definition)]
-        return arguments
+        words = ["--image-opts", options + ",force-share=on"]
+        return [os.fsencode(word) for word in words + [f"--object={each}" for each in objects]]
 
 
 def opens_for_writing(options: str) -> bool:
@@ -2076,10 +2016,9 @@ def opens_for_writing(options: str) -> bool:
 
 def is_block_device(name: str) -> bool:
     """Whether a name leads to a block device; not if it leads nowhere, as QEMU will say."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return stat.S_ISBLK(os.stat(name).st_mode)
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
@@ -2114,13 +2053,17 @@ def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
             pass_fds=() if listener is None else (SD_LISTEN_FDS_START,),
         )
     except (OSError, subprocess.SubprocessError) as error:
-        name = os.fsdecode(arguments[0])
-        why = reason(error)
-        if getattr(error, "filename", name) not in (name, arguments[0]):
-            why = f"{error.filename}: {why}"  # type: ignore[union-attr]  # it has one
-        elif isinstance(error, FileNotFoundError):
-            why += f"; it comes with the package {QEMU_PACKAGES}"
-        raise Error(f"cannot run {name}: {why}") from error
+        hint = f"; it comes with the package {QEMU_PACKAGES}"
+        why = reason(error) + hint * isinstance(error, FileNotFoundError)
+        raise Error(f"cannot run {os.fsdecode(arguments[0])}: {why}") from error
+
+
+def let_end(program: Any) -> None:
+    """Wait for a program that has lost its connection: it may have a server to take leave of."""
+    import subprocess
+
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        program.wait(END_OF_QEMU_TIMEOUT)
 
 
 def end_program(program: Any) -> str:
@@ -2136,30 +2079,20 @@ def end_program(program: Any) -> str:
 
 def complaint(stderr: bytes) -> str:
     """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
-    lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines()]
-    text = quoted("; ".join(line for line in lines if line))[1:-1]
-    text = re.sub(r"^qemu-(img|nbd): ", "", text)
-    if "lock" in text and "Failed to get" in text:
-        text += "; a running VM holds the image: export a snapshot of it, or stop the VM"
-    if "key-secret" in text:
-        text += (
-            "; name the key: --object secret,id=s,file=KEY --image-opts driver=qcow2,"
-            "encrypt.key-secret=s,file.filename=IMAGE"
-        )
-    if "Unknown driver" in text:
-        text += "; QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"
+    lines = filter(None, map(bytes.strip, stderr.splitlines()))
+    text = re.sub(r"^qemu-(img|nbd): ", "", shown_text(b"; ".join(lines)))
+    for pattern, hint in QEMU_HINTS:
+        if re.search(pattern, text):
+            text += f"; {hint}"
     return text
 
 
 def run_qemu_img(
-    command: Sequence[bytes],
-    image: ImageName,
-    objects: Sequence[str],
-    timeout: Optional[float] = None,
+    arguments: Sequence[bytes], label: str, timeout: Optional[float] = None
 ) -> Generator[bytes, None, None]:
-    """The lines that a command of qemu-img prints as JSON. Raises Error with its complaint."""
-    program = start_program([b"qemu-img", *command, b"--output=json", *image.arguments(objects)])
-    failed = f"cannot open {quoted(image.name)}: "
+    """The lines that qemu-img prints of an image. Raises Error with its complaint."""
+    program = start_program([b"qemu-img", *arguments, b"--output=json"])
+    failed = f"cannot open {label}: "
     try:
         if not wait_for(program.stdout.fileno(), "POLLIN", timeout):
             raise Error(failed + f"qemu-img does not answer within {timeout} seconds")
@@ -2178,6 +2111,7 @@ def private_socket() -> Tuple[Any, Any]:
 
     Its name, in a folder of its own, is gone when this returns.
     """
+    import shutil
     import socket
 
     errors = []
@@ -2189,34 +2123,28 @@ def private_socket() -> Tuple[Any, Any]:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
         try:
             os.mkdir(folder, 0o700)
-            try:
-                listener.bind(path)
-                listener.listen(1)
-                sock.connect(path)
-                return listener, sock
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                os.rmdir(folder)
+            listener.bind(path)
+            listener.listen(1)
+            sock.connect(path)
+            return listener, sock
         except OSError as error:
             errors.append(f"{quoted(parent)}: {socket_reason(error)}")
-            listener.close()
-            sock.close()
         finally:
+            shutil.rmtree(folder, ignore_errors=True)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     raise Error(f"cannot make a socket for qemu-nbd; TMPDIR names a folder ({'; '.join(errors)})")
 
 
 def start_qemu_nbd(
-    arguments: Sequence[bytes], label: str, resources: contextlib.ExitStack
-) -> Tuple[NbdExport, int]:
+    arguments: Sequence[bytes], label: str, watch: Watch, resources: contextlib.ExitStack
+) -> NbdExport:
     """Have a private qemu-nbd open an image. To be called by the main thread.
 
     arguments   what names the image, and any options
     label       what the image is called in messages
 
-    Returns its export and its process number. It is killed with the resources, or when the main
-    thread ends, whatever ends it. Raises Error with its complaint.
+    It is killed with the resources, or when the main thread ends, whatever ends it, and what it
+    has open is watched. Raises Error with its complaint.
     """
     listener, sock = private_socket()
     resources.callback(sock.close)
@@ -2227,58 +2155,64 @@ def start_qemu_nbd(
     resources.callback(program.stderr.close)
     resources.callback(end_program, program)
     try:
-        export = NbdExport(sock, label)
+        export = resources.enter_context(contextlib.closing(NbdExport(sock, label)))
     except Error as error:
         why = end_program(program)
         raise Error(f"cannot open {label}: {why}") if why else error from None
-    resources.callback(export.close)
-    return export, program.pid
+    folder = f"/proc/{program.pid}/fd"
+    with ignore_unavailable():
+        for path in (f"{folder}/{name}" for name in os.listdir(folder)):
+            with ignore_unavailable():
+                mode = os.stat(path).st_mode
+                if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+                    file = DiskFile(path, watch, quoted(os.readlink(path)))
+                    resources.callback(file.close)
+    return export
 
 
 class MappedSource(Source):
-    """A disk whose guest bytes lie in files at offsets that are known: 24 bytes an extent."""
+    """A disk whose guest bytes lie in files at offsets that are known: 32 bytes an extent."""
 
     def __init__(self, size: int, watch: Watch) -> None:
         super().__init__(size, watch)
-        self._rows = []  # type: List[Tuple[DiskFile, Any, Any, Any]]  # in guest order
-        self._place = (None, 0, 0)  # type: Tuple[Any, int, int]  # file, end, offset minus guest's
+        self._files = []  # type: List[DiskFile]
+        self._rows = array("Q")  # start, end, index of the file, offset, in guest order
 
     def add(self, start: int, end: int, file: DiskFile, offset: int) -> None:
         """Append an extent. Raises Error if its file ends before it: QEMU would read zeros."""
         end = min(end, self.size)
         if offset + end - start > file.size:
             raise file.ended_early(file.size)
-        if self._place == (file, start, offset - start):
-            self._rows[-1][2][-1] = end
+        if file not in self._files:
+            self._files.append(file)
+        index, rows = self._files.index(file), self._rows
+        if rows and (start, index, offset) == (rows[-3], rows[-2], rows[-1] + start - rows[-4]):
+            rows[-3] = end  # it continues the last one
         else:
-            if self._place[0] is not file:
-                self._rows.append((file, array("Q"), array("Q"), array("Q")))
-            for row, value in zip(self._rows[-1][1:], (start, end, offset)):
-                row.append(value)
-        self._place = (file, end, offset - start)
+            rows.extend((start, end, index, offset))
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        for file, starts, ends, offsets in self._rows:
-            files, stored = itertools.repeat(file), itertools.repeat(0)
-            yield from zip(starts, ends, files, offsets, stored)
+        numbers = iter(self._rows)
+        for start, end, index, offset in zip(numbers, numbers, numbers, numbers):
+            yield start, end, self._files[index], offset, 0
 
 
 class Member:
     """An image in a chain, as `qemu-img info` describes it, and the files that hold its data.
 
+    name    of the image's own file; empty if it is no local one
     files   (where in the guest's addresses each ends, the file), or empty where nobody knows
     """
 
     def __init__(self, info: Dict[str, Any], open_file: Callable[[str], DiskFile]) -> None:
-        self.info = info
-        self._name = local_name(info["filename"])
-        self.format = info["format"]
+        self.name, self.format = local_name(info["filename"]), info["format"]
+        self.size, self.is_encrypted = info["virtual-size"], info.get("encrypted", False)
         self.details = info.get("format-specific", {}).get("data", {})
         self.files = []  # type: List[Tuple[int, DiskFile]]
-        size = info["virtual-size"]
         # A VMDK may have several, one after the other.
-        extents = self.details.get("extents", [{"filename": self._name, "virtual-size": size}])
+        own = {"filename": self.name, "virtual-size": self.size}
+        extents = self.details.get("extents", [own])
         names = [extent["filename"] for extent in extents]
         if {"data-file", "data-file-raw"} & self.details.keys():
             return  # nobody knows whether the header or an option names it
@@ -2286,63 +2220,64 @@ class Member:
             ends = itertools.accumulate(extent["virtual-size"] for extent in extents)
             self.files = list(zip(ends, map(open_file, names)))
 
-    def file_at(self, start: int) -> Optional[DiskFile]:
-        """The file that holds the guest's byte at an offset, if that is known."""
-        return next((file for end, file in self.files if start < end), None)
-
     def refuse_misread(self, has_parent: bool) -> None:
-        """Raise Error if QEMU takes the image for less than it is.
-
-        It knows of no parents of a VHD, such as those that XenServer's and Hyper-V's snapshots
-        have, nor of a VMDK that does not name its file; it skips extents of a VMDK that are not
-        RW; and unless it knows the program that has made a VHD, it takes the size from the
-        geometry.
-        """
-        name, size = quoted(self._name), self.info["virtual-size"]
-        if self.details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT and not has_parent:
-            raise Error(
-                f"{name} is a differencing VMDK that does not name its parent's file, and QEMU "
-                "would read zeros where that has data; merge them first"
-            )
-        for _, file in self.files if self.format == "vmdk" else ():
-            refuse_if_grain_tables_are_missing(file)
-        if not os.path.isfile(self._name):
-            return
-        if self.format == "qcow2":  # of missing tables, and encrypted data, map knows nothing
+        """Raise Error if QEMU takes the image for less than it is: tables and data are missing."""
+        if self.format == "qcow2" and os.path.isfile(self.name):
             with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
-                qcow2 = Qcow2Image(self._name, Watch(), resources)
-                for _ in qcow2.runs(0, qcow2.size):
-                    pass
-        if self.format == "qcow":
+                qcow2 = Qcow2Image(self.name, Watch(), resources)
+                collections.deque(qcow2.runs(0, qcow2.size), maxlen=0)
+        elif self.format == "qcow" and self.files:
             refuse_if_qcow_tables_are_missing(self.files[0][1])
-        if self.format not in ("vmdk", "vpc"):
-            return
-        with open(self._name, "rb") as image:
-            head = image.read(MAX_VMDK_DESCRIPTOR)
-            image.seek(-min(SECTOR_SIZE, len(head)), os.SEEK_END)
-            tail = image.read()
-        if self.format == "vmdk" and re.match(rb"\s*#\s*Disk\s*DescriptorFile", head, re.I):
-            extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", head, re.M)
-            whole = sum(map(int, extents)) * SECTOR_SIZE
-            if whole != size:
+        elif self.format == "vpc" and self.files:
+            refuse_misread_vhd(self.files[0][1], self.size)
+        elif self.format == "vmdk":
+            parent = self.details.get("parent-cid", VMDK_NO_PARENT)
+            if parent != VMDK_NO_PARENT and not has_parent:
                 raise Error(
-                    f"{name} has extents of {whole} bytes, which QEMU would read as {size}: it "
-                    "skips one that is not RW, or takes one behind an empty line twice"
+                    f"{quoted(self.name)} is a differencing VMDK that does not name its parent's "
+                    "file, and QEMU would read zeros where that has data; merge them first"
                 )
-        # Where it has a copy at the beginning, QEMU reads that.
-        footer = next((each for each in (head, tail) if each.startswith(b"conectix")), bytes(512))
-        creator, current_size, kind = struct.unpack_from(">28x4s16xQ4xI", footer)
-        if kind == 4 and self.format == "vpc":
+            for _, file in self.files:
+                refuse_if_grain_tables_are_missing(file)
+            if os.path.isfile(self.name):
+                refuse_misread_descriptor(self.name, self.size)
+
+
+def refuse_misread_descriptor(name: str, size: int) -> None:
+    """Raise Error if QEMU finds other extents in a VMDK's descriptor than those of its disk."""
+    with open(name, "rb") as image:
+        text = image.read(MAX_VMDK_DESCRIPTOR)
+    if re.match(rb"\s*#\s*Disk\s*DescriptorFile", text, re.I):
+        extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", text, re.M)
+        whole = sum(map(int, extents)) * SECTOR_SIZE
+        if whole != size:
             raise Error(
-                f"{name} is a differencing VHD, and QEMU would read zeros where its parent has "
-                "data; merge them first, or export the device that XenServer or Hyper-V makes of "
-                "them"
+                f"{quoted(name)} has extents of {whole} bytes, which QEMU would read as {size}: it "
+                "skips one that is not RW, or takes one behind an empty line twice"
             )
-        if self.format == "vpc" and current_size > size and creator not in (b"vpc ", b"qemu"):
-            raise Error(
-                f"{name} has a disk of {current_size} bytes, of which QEMU would read {size}; "
-                "convert it to another format with the program that made it"
-            )
+
+
+def refuse_misread_vhd(file: DiskFile, size: int) -> None:
+    """Raise Error if a VHD is more than QEMU reads.
+
+    It knows of no parents, such as those that XenServer's and Hyper-V's snapshots have, and takes
+    the size from the geometry, unless it knows the program that made the image.
+    """
+    # Where there is a copy of the footer at the beginning, QEMU reads that.
+    footer = file.read(0, SECTOR_SIZE)
+    if not footer.startswith(b"conectix"):
+        footer = file.read(file.size - SECTOR_SIZE, SECTOR_SIZE)
+    creator, whole, kind = struct.unpack_from(">28x4s16xQ4xI", footer)
+    if kind == 4:
+        raise Error(
+            f"{file.label} is a differencing VHD, and QEMU would read zeros where its parent has "
+            "data; merge them first, or export the device that XenServer or Hyper-V makes of them"
+        )
+    if whole > size and creator not in (b"vpc ", b"qemu"):
+        raise Error(
+            f"{file.label} has a disk of {whole} bytes, of which QEMU would read {size}; convert "
+            "it to another format with the program that made it"
+        )
 
 
 def refuse_if_qcow_tables_are_missing(file: DiskFile) -> None:
@@ -2379,62 +2314,49 @@ def local_name(name: str) -> str:
     return "" if re.match("[^/]*:", name) else name
 
 
+def parsed(text: bytes) -> Any:
+    """What qemu-img has printed as JSON."""
+    import json
+
+    return json.loads(text.decode("utf-8", "surrogateescape"))
+
+
 def read_map(
-    image: ImageName, objects: Sequence[str], members: Sequence[Member], watch: Watch
+    lines: Iterable[bytes], members: Sequence[Member], watch: Watch
 ) -> Optional[MappedSource]:
     """The disk where `qemu-img map` says that it is; None if QEMU must read some of it.
 
     Raises Error if a file ends before its data.
     """
-    size = members[0].info["virtual-size"]
-    source = MappedSource(size, watch)
+    source = MappedSource(members[0].size, watch)
     is_known = all(
-        member.format in FORMATS_WITH_OFFSETS and not member.info.get("encrypted")
-        for member in members
+        member.format in FORMATS_WITH_OFFSETS and not member.is_encrypted for member in members
     )
-    position = 0
-    with contextlib.closing(run_qemu_img([b"map"], image, objects)) as lines:
-        for line in lines:
-            text = line.strip(b"[], \r\n")  # a list, an entry a line: no text is kept of it
-            if not text:
-                continue
-            entry = parse_json(text, image, "start", "length", "depth", "data", "zero")
-            start, length, depth = entry["start"], entry["length"], entry["depth"]
-            position = start + length
-            if not entry["data"] or entry.get("compressed") or "offset" not in entry:
-                is_known = is_known and entry["zero"]
-                continue
-            file = members[depth].file_at(start) if depth < len(members) else None
-            if file is None:
-                is_known = False
-                continue
-            behind = entry["offset"] + length - file.size
-            if members[depth].format == "raw" and 0 < behind < SECTOR_SIZE:
-                length -= behind  # QEMU counts its last sector as whole
-            source.add(start, start + length, file, entry["offset"])
-    if position != size:
-        raise Error(f"cannot open {quoted(image.name)}: qemu-img maps {position} of {size} bytes")
+    for line in lines:
+        text = line.strip(b"[], \r\n")  # a list, an entry a line: no text is kept of it
+        if not text:
+            continue
+        entry = parsed(text)
+        start, length, depth = entry["start"], entry["length"], entry["depth"]
+        if not entry["data"] or entry.get("compressed") or "offset" not in entry:
+            is_known = is_known and entry["zero"]
+            continue
+        files = members[depth].files if depth < len(members) else []
+        file = next((file for end, file in files if start < end), None)
+        if file is None:
+            is_known = False
+            continue
+        behind = entry["offset"] + length - file.size
+        if members[depth].format == "raw" and 0 < behind < SECTOR_SIZE:
+            length -= behind  # QEMU counts its last sector as whole
+        source.add(start, start + length, file, entry["offset"])
     return source if is_known else None
-
-
-def parse_json(text: bytes, image: ImageName, *keys: str) -> Any:
-    """What qemu-img has printed, an object or a list of them. Raises Error if keys are missing."""
-    import json
-
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        answer = json.loads(text.decode("utf-8", "surrogateescape"))
-        found = answer if isinstance(answer, list) else [answer]
-        if found and all(each.keys() >= set(keys) for each in found):
-            return answer
-    raise Error(
-        f"cannot open {quoted(image.name)}: qemu-img does not print the JSON that it should"
-    )
 
 
 def vhdx_items(table: bytes, first: int, code: str) -> Dict[bytes, Tuple[int, ...]]:
     """The entries of a VHDX's region or metadata table, by the first bytes of their GUIDs."""
-    entries = (table[at : at + 32] for at in range(first, len(table), 32))
-    return {entry[:4]: struct.unpack(code, entry[16:]) for entry in entries if len(entry) == 32}
+    entries = (table[at : at + 32] for at in range(first, len(table) - 31, 32))
+    return {entry[:4]: struct.unpack(code, entry[16:]) for entry in entries}
 
 
 def read_vhdx(file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]:
@@ -2445,11 +2367,10 @@ def read_vhdx(file: DiskFile, size: int, watch: Watch) -> Optional[MappedSource]
     regions = vhdx_items(file.read(VHDX_REGIONS, 64 << 10), 16, "<QII")
     metadata, bat = regions[VHDX_METADATA][0], regions[VHDX_BAT][0]
     items = vhdx_items(file.read(metadata, 64 << 10), 32, "<IIII")
-    numbers = [
+    block_size, sector_size = (
         int.from_bytes(file.read(metadata + items[guid][0], 4), "little")
         for guid in (VHDX_PARAMETERS, VHDX_SECTOR_SIZE)
-    ]
-    block_size, sector_size = numbers
+    )
     blocks_per_bitmap = (sector_size << 23) // block_size
     source = MappedSource(size, watch)
     for first in range(0, div_up(size, block_size), blocks_per_bitmap):
@@ -2488,14 +2409,15 @@ def open_with_qemu(
     def open_file(name: str) -> DiskFile:
         name = name[len("./") :] if name.startswith("./") else name
         if name not in opened:
-            opened[name] = DiskFile(name, watch)
-            resources.callback(opened[name].close)
+            file = DiskFile(name, watch)
+            opened[name] = resources.enter_context(contextlib.closing(file))
         return opened[name]
 
     if not image.is_options:  # watched before anything is learned of it
         open_file(image.name)
-    text = b"".join(run_qemu_img([b"info", b"--backing-chain"], image, objects, NBD_TIMEOUT))
-    infos = parse_json(text, image, "format", "filename", "virtual-size")
+    label, arguments = quoted(image.name), image.arguments(objects)
+    info = run_qemu_img([b"info", b"--backing-chain", *arguments], label, NBD_TIMEOUT)
+    infos = parsed(b"".join(info))
     if not image.is_options:
         # Which qemu-img may not be able to print, or takes for a protocol's.
         infos[0]["filename"] = os.path.join(".", image.name)
@@ -2504,36 +2426,18 @@ def open_with_qemu(
         member.refuse_misread(has_parent=depth + 1 < len(members))
     source = None  # type: Optional[Source]
     if members[0].format == "vhdx" and not image.is_options:
-        source = read_vhdx(members[0].files[0][1], infos[0]["virtual-size"], watch)
+        source = read_vhdx(members[0].files[0][1], members[0].size, watch)
     elif snapshot is None:
-        source = read_map(image, objects, members, watch)
+        with contextlib.closing(run_qemu_img([b"map", *arguments], label)) as lines:
+            source = read_map(lines, members, watch)
+    else:
+        arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
     if source is None or image.is_options:
-        arguments = image.arguments(objects)
-        if snapshot is not None:
-            arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
-        export, pid = start_qemu_nbd(arguments, quoted(image.name), resources)
-        watch_process(pid, watch, resources)
-        source = RawSource(export, watch)
+        source = RawSource(start_qemu_nbd(arguments, label, watch, resources), watch)
     for name, file in opened.items():
         if file_identity(os.stat(name)) != file.identity:
             raise Error(f"{quoted(name)} was replaced while it was opened; run the program again")
     return source
-
-
-def watch_process(pid: int, watch: Watch, resources: contextlib.ExitStack) -> None:
-    """Watch the files and block devices that another process reads, whatever an image has."""
-    folder = f"/proc/{pid}/fd"
-    with ignore_unavailable():
-        for name in os.listdir(folder):
-            with ignore_unavailable():
-                path = f"{folder}/{name}"
-                mode = os.stat(path).st_mode
-                with open(f"/proc/{pid}/fdinfo/{name}") as info:
-                    flags = int(dict(line.split(":", 1) for line in info)["flags"], 8)
-                is_log = flags & (os.O_WRONLY | os.O_RDWR)
-                if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not is_log:
-                    file = DiskFile(path, watch, quoted(os.readlink(path)))
-                    resources.callback(file.close)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3463,13 +3367,17 @@ def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
     left = share_size
     number = 0
     for step in steps:
-        batch.append(step)
         worker = step.probe or step.packer
+        last = batch[-1] if batch else None
+        if last and last.state == step.state and not (worker or last.probe or last.packer):
+            batch[-1] = Step(last.first, step.end, step.state)
+            continue
+        batch.append(step)
         if worker is not None:
             number += 1
             left -= (step.end - step.first) * worker.cluster_size
         # The first ones are small because nothing is known yet: they are batches themselves.
-        if left <= 0 or len(batch) >= BATCH_STEPS or number <= INLINE_ITEMS:
+        if left <= 0 or len(batch) >= BATCH_STEPS or (worker and number <= INLINE_ITEMS):
             yield batch
             batch, left = [], share_size
     if batch:
@@ -3579,6 +3487,10 @@ class JsonList:
         is_closed = self._mark() == "]"
         while not is_closed:
             yield self._entry(decode, index)
+            if self._text.startswith(",{", self._position):  # the shorter way to the same
+                self._position += 1
+                index += 1
+                continue
             mark = self._mark()
             if mark not in (",", "]"):
                 raise Error(f"{self._what}: there is no comma and no end behind entry {index}")
@@ -3627,8 +3539,11 @@ def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
     zero, depth, present = entry["zero"], entry["depth"], entry.get("present", True)
     if not (isinstance(zero, bool) and isinstance(present, bool) and _is_whole(depth)):
         raise ValueError
-    # What is stored nowhere reads as zeros; one that says otherwise is no such map, but may
-    # be a dirty bitmap that was asked for as if it were one.
+    # What is stored nowhere reads as zeros: one that says otherwise is a dirty bitmap in disguise.
+    if not (zero or entry["data"]):
+        raise ValueError(
+            "neither zero nor data, as of an x-dirty-bitmap; use --bitmap NAME instead"
+        )
     if overlay and depth:
         return "below"
     if overlay and zero and not present:
@@ -3660,6 +3575,15 @@ def _nbdinfo_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
     raise ValueError
 
 
+def _ovirt_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
+    flags = [entry[key] for key in ("zero", "hole", "dirty") if key in entry]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError
+    if not entry.get("dirty", True):
+        return None
+    return "zeros" if entry["zero"] else "data"
+
+
 class Dialect(NamedTuple):
     """How one kind of program writes extents: the key of the start, and how to read the rest."""
 
@@ -3672,19 +3596,20 @@ PLAIN = Dialect("a plain list", "offset", _plain_kind)
 RBD_DIFF = Dialect("rbd diff", "offset", _rbd_kind)
 QEMU_MAP = Dialect("qemu-img map", "start", _qemu_map_kind)
 QEMU_ALLOCATION = QEMU_MAP._replace(kind=_qemu_map_allocation)
+OVIRT = Dialect("ovirt-imageio", "start", _ovirt_kind)
 NBDINFO = Dialect("nbdinfo --map", "offset", _nbdinfo_kind)
 
 
 def _dialect(entry: Dict[str, Any]) -> Dialect:
     if "start" in entry:
-        return QEMU_MAP
+        return OVIRT if "hole" in entry or "dirty" in entry else QEMU_MAP
     if "type" in entry or "description" in entry:
         return NBDINFO
     return RBD_DIFF if "exists" in entry else PLAIN
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0  # which no bool is
 
 
 def read_layout(
@@ -3704,26 +3629,21 @@ def read_layout(
     held = {"data": data, "zeros": known_zeros, "absent": absent}
     has_layers = False
     dialect = only
+    keys = None  # type: Any
     for index, entry in enumerate(entries):
         label = f"{what}: entry {index}"
         if not isinstance(entry, dict):
             raise Error(f"{label} is not an object with a start and a length")
-        if dialect is None:
-            dialect = _dialect(entry)
-        elif _dialect(entry).name != dialect.name:
-            raise Error(f"{label} is in the way of {_dialect(entry).name}, not of {dialect.name}")
-        start, length = (_whole_number(entry, key, label) for key in (dialect.start, "length"))
+        if dialect is None or entry.keys() != keys:
+            keys, found = entry.keys(), _dialect(entry)
+            dialect = dialect or found
+            if found.name != dialect.name:
+                raise Error(f"{label} is in the way of {found.name}, not of {dialect.name}")
+        start = _whole_number(entry, dialect.start, label)
+        length = _whole_number(entry, "length", label)
         if start > size or (start == size and length):
             raise Error(f"{label} starts at {start}, past the end of the disk at {size}")
-        try:
-            kind = dialect.kind(entry, overlay)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, KeyError) and error.args[0] not in entry:
-                why = f"it has no {error.args[0]!r}"
-            else:
-                rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
-                why = ascii(rest)[:80]
-            raise Error(f"{label} is not what {dialect.name} writes: {quoted(why)}") from error
+        kind = _kind(dialect, entry, overlay, label)
         has_layers = has_layers or kind == "below"
         if kind in held and length:
             held[kind].add(start, min(start + length, size))
@@ -3734,6 +3654,21 @@ def read_layout(
         for start, end in absent:
             known_zeros.add(start, end)
     return Layout(data, known_zeros)
+
+
+def _kind(dialect: Dialect, entry: Dict[str, Any], overlay: bool, label: str) -> Optional[str]:
+    """What an extent holds. Raises Error if no such program writes what it says."""
+    try:
+        return dialect.kind(entry, overlay)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, KeyError) and error.args[0] not in entry:
+            why = f"it has no {error.args[0]!r}"
+        elif isinstance(error, ValueError) and error.args:
+            why = str(error)
+        else:
+            rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
+            why = ascii(rest)[:80]
+        raise Error(f"{label} is not what {dialect.name} writes: {quoted(why)}") from error
 
 
 def _whole_number(entry: Dict[str, Any], key: str, label: str) -> int:

@@ -312,7 +312,7 @@ def test_progress_says_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-d", "--compress", "zlib"], ["--data-file", "leave one out"]),
+        (["-d", "--compress", "zlib"], ["--data-file", "leave one"]),
         (["-R", "--compress", "zlib"], ["--data-file-raw"]),
         (["--compat", "0.10", "--compress", "zstd"], ["use --compress zlib"]),
         (["--compat", "0.10", "--extended-l2"], ["leave --extended-l2 out"]),

@@ -243,3 +243,34 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: List[str], wor
         write_disk(tmp_path / name, 1000, [(0, b"[]" if name == "L" else noise(1000))])
     os.truncate(tmp_path / "L", 2)
     assert_refused(run("I", *options, cwd=tmp_path), words)
+
+
+def test_ovirt_imageio_names_zeros_and_dirty_extents(dense: Path) -> None:
+    """With `hole` all that is no zeros counts, with `dirty` only what has changed."""
+    size = dense.stat().st_size
+    holes = [
+        {"start": 0, "length": 65536, "zero": False, "hole": False},
+        {"start": 65536, "length": size - 65536, "zero": True, "hole": True},
+    ]
+    dirty = [
+        {"start": 0, "length": 65536, "zero": False, "dirty": True},
+        {"start": 65536, "length": size - 65536, "zero": False, "dirty": False},
+    ]
+    expected = stream(dense, "--layout", "-", stdin=b'[{"offset": 0, "length": 65536}]')
+    for extents in (holes, dirty):
+        text = json.dumps(extents).encode()
+        assert stream(dense, "--layout", "-", "--no-scan", stdin=text) == expected
+
+
+def test_a_dirty_bitmap_in_the_disguise_of_a_map_is_refused(dense: Path) -> None:
+    """As qemu-img map writes it where x-dirty-bitmap takes the place of block status."""
+    extent = {
+        "start": 0,
+        "length": 65536,
+        "depth": 0,
+        "present": True,
+        "zero": False,
+        "data": False,
+    }
+    result = run(dense, "--layout", "-", stdin=json.dumps([extent]).encode())
+    assert_refused(result, "entry 0", "--bitmap NAME")
