@@ -2053,8 +2053,11 @@ def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
             pass_fds=() if listener is None else (SD_LISTEN_FDS_START,),
         )
     except (OSError, subprocess.SubprocessError) as error:
-        hint = f"; it comes with the package {QEMU_PACKAGES}"
-        why = reason(error) + hint * isinstance(error, FileNotFoundError)
+        why = reason(error)
+        if getattr(error, "filename", None) == os.devnull:
+            why = f"{os.devnull}: {why}"
+        elif isinstance(error, FileNotFoundError):
+            why += f"; it comes with the package {QEMU_PACKAGES}"
         raise Error(f"cannot run {os.fsdecode(arguments[0])}: {why}") from error
 
 
@@ -2154,6 +2157,7 @@ def start_qemu_nbd(
         listener.close()  # so that the connection ends with qemu-nbd
     resources.callback(program.stderr.close)
     resources.callback(end_program, program)
+    resources.callback(let_end, program)
     try:
         export = resources.enter_context(contextlib.closing(NbdExport(sock, label)))
     except Error as error:
@@ -2321,6 +2325,15 @@ def parsed(text: bytes) -> Any:
     return json.loads(text.decode("utf-8", "surrogateescape"))
 
 
+@contextlib.contextmanager
+def qemu_img_makes_sense(label: str) -> Iterator[None]:
+    """Raise Error where what qemu-img has printed is not what it should print."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise Error(f"cannot open {label}: qemu-img does not print what it should") from error
+
+
 def read_map(
     lines: Iterable[bytes], members: Sequence[Member], watch: Watch
 ) -> Optional[MappedSource]:
@@ -2329,6 +2342,7 @@ def read_map(
     Raises Error if a file ends before its data.
     """
     source = MappedSource(members[0].size, watch)
+    position = 0
     is_known = all(
         member.format in FORMATS_WITH_OFFSETS and not member.is_encrypted for member in members
     )
@@ -2338,6 +2352,7 @@ def read_map(
             continue
         entry = parsed(text)
         start, length, depth = entry["start"], entry["length"], entry["depth"]
+        position = start + length
         if not entry["data"] or entry.get("compressed") or "offset" not in entry:
             is_known = is_known and entry["zero"]
             continue
@@ -2350,6 +2365,8 @@ def read_map(
         if members[depth].format == "raw" and 0 < behind < SECTOR_SIZE:
             length -= behind  # QEMU counts its last sector as whole
         source.add(start, start + length, file, entry["offset"])
+    if position != source.size:
+        raise ValueError(f"the map ends at {position} of {source.size} bytes")
     return source if is_known else None
 
 
@@ -2417,18 +2434,20 @@ def open_with_qemu(
         open_file(image.name)
     label, arguments = quoted(image.name), image.arguments(objects)
     info = run_qemu_img([b"info", b"--backing-chain", *arguments], label, NBD_TIMEOUT)
-    infos = parsed(b"".join(info))
-    if not image.is_options:
-        # Which qemu-img may not be able to print, or takes for a protocol's.
-        infos[0]["filename"] = os.path.join(".", image.name)
-    members = [Member(info, open_file) for info in infos]
+    with qemu_img_makes_sense(label):
+        infos = parsed(b"".join(info))
+        if not image.is_options:
+            # Which qemu-img may not be able to print, or takes for a protocol's.
+            infos[0]["filename"] = os.path.join(".", image.name)
+        members = [Member(info, open_file) for info in infos]
     for depth, member in enumerate(members):
         member.refuse_misread(has_parent=depth + 1 < len(members))
     source = None  # type: Optional[Source]
     if members[0].format == "vhdx" and not image.is_options:
         source = read_vhdx(members[0].files[0][1], members[0].size, watch)
     elif snapshot is None:
-        with contextlib.closing(run_qemu_img([b"map", *arguments], label)) as lines:
+        lines = run_qemu_img([b"map", *arguments], label)
+        with contextlib.closing(lines), qemu_img_makes_sense(label):
             source = read_map(lines, members, watch)
     else:
         arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
