@@ -983,6 +983,7 @@ def extended_table_runs(table: bytes, start: int, allocated: int) -> Iterator[Ru
 
 # Reading qcow2 without QEMU: the extents of an image and of the chain below it, table by table.
 
+RAW_STEP = 1 << 30  # bytes of a raw member whose ranges are taken at once
 F_OFD_GETLK = 36  # Linux's, from fcntl.h
 QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
 
@@ -1353,26 +1354,35 @@ class ChainSource(Source):
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        return self._extents_of(0, 0, self.size)
+        last = self._members[-1]
+        # Asked once: to ask a file for its holes again behind each hole above is quadratic.
+        raw = Cutter(last.data_ranges(last.size) if isinstance(last, DiskFile) else ())
+        return self._extents_of(0, 0, self.size, raw)
 
-    def _extents_of(self, depth: int, start: int, end: int) -> Iterator[Extent]:
-        """What the members from a depth on hold. Past the end of a shorter one are zeros."""
+    def _extents_of(self, depth: int, start: int, end: int, raw: "Cutter") -> Iterator[Extent]:
+        """What the members from a depth on hold. Past the end of a shorter one are zeros.
+
+        raw     the ranges of a raw member that may hold data
+        """
         if depth == len(self._members):
             return
         member = self._members[depth]
         end = min(end, member.size)
         if isinstance(member, DiskFile):
-            for first, last in member.data_ranges(end, start) if start < end else ():
-                yield first, last, member, first, 0
+            while start < end:
+                step = min(end, max(start, raw.starts_at(start)) + RAW_STEP)
+                for first, last in raw.take(start, step):
+                    yield first, last, member, first, 0
+                start = step
             return
         for extent in member.runs(start, end):
             if start < extent[0]:
-                yield from self._extents_of(depth + 1, start, extent[0])
+                yield from self._extents_of(depth + 1, start, extent[0], raw)
             if extent[2] is not None:
                 yield extent
             start = extent[1]
         if start < end:
-            yield from self._extents_of(depth + 1, start, end)
+            yield from self._extents_of(depth + 1, start, end, raw)
 
 
 def open_qcow2(
