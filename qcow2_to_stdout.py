@@ -2578,9 +2578,10 @@ class ClusterMap:
                     for bits in self._packed[first]
                 )
                 states = data.translate(_DATA_OF_DIGIT)
-                if zero.find(b"1") >= 0:
-                    both = zip(states, zero.translate(_ZERO_OF_DIGIT))
-                    states = bytes(a | b for a, b in both)
+                if zero.find(b"1") >= 0:  # both bits of each state: as numbers, without a loop
+                    both = zero.translate(_ZERO_OF_DIGIT)
+                    number = int.from_bytes(states, "big") | int.from_bytes(both, "big")
+                    states = number.to_bytes(len(states), "big")
             yield first * self.page_clusters, (last - first) * self.page_clusters, states
 
     def tables_in_use(self) -> Iterator[Tuple[int, bool]]:
@@ -3418,18 +3419,15 @@ def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
 
 MAX_ENTRY = 64 << 10  # characters of an extent: what may be long in it is a file's name
 
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
-
 
 class RangeList:
     """Byte ranges, perhaps overlapping, that come sorted: 16 bytes for each of perhaps millions."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
         self._starts, self._ends = array("Q"), array("Q")
         self._is_sorted = True
-
-    def __len__(self) -> int:
-        return len(self._starts)
+        for start, end in ranges:
+            self.add(start, end)
 
     def __iter__(self) -> Iterator[Range]:
         if not self._is_sorted:
@@ -3442,20 +3440,19 @@ class RangeList:
 
     def add(self, start: int, end: int) -> None:
         """Add a range, or make the last one longer: producers cut long extents into objects."""
-        if self._ends and self._ends[-1] == start:
-            self._ends[-1] = end
-            return
-        self._is_sorted = self._is_sorted and not (self._starts and start < self._starts[-1])
+        ends = self._ends
+        if ends:
+            if ends[-1] == start:
+                ends[-1] = end
+                return
+            if start < self._starts[-1]:
+                self._is_sorted = False
         self._starts.append(start)
-        self._ends.append(end)
+        ends.append(end)
 
 
 class Layout(NamedTuple):
-    """What is known of a disk, in bytes of the guest's addresses.
-
-    data    ranges that may hold data
-    zeros   ranges that are known to be zeros now
-    """
+    """What is known of a disk: ranges that may hold data, and that are known to be zeros."""
 
     data: RangeList
     zeros: RangeList
@@ -3466,102 +3463,75 @@ class Layout(NamedTuple):
 
         return heapq.merge(self.data, self.zeros)
 
-    def gaps(self, size: int) -> Iterator[Range]:
-        """The ranges of a disk of `size` bytes of which nothing is known."""
-        for start, end, (known,) in sweep(size, joined(self.all())):
-            if known is None:
-                yield start, end
 
+def json_list(read: Callable[[], bytes], what: str) -> Iterator[Any]:
+    """The elements of a list in JSON, decoded one at a time as it is read.
 
-class JsonList:
-    """The elements of a list in JSON, decoded one at a time as a file is read."""
+    read    gives more bytes, none at the end
+    what    the list's name in messages
 
-    def __init__(self, read: Callable[[], bytes], what: str) -> None:
-        """read: gives more bytes, none at the end; what: the list's name in messages."""
-        self._read = read
-        self._what = what
-        self._text = ""
-        self._position = 0
-        self._is_over = False
+    Raises Error where it isn't a list.
+    """
+    import json
 
-    def _more(self) -> bool:
-        data = self._read()
+    decode, skip_space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*").match
+    text, at, index = "", 0, 0
+
+    def more() -> bool:
+        nonlocal text, at
+        data = read()
         # Only names and descriptions can hold more than ASCII, and nobody asks for those.
-        self._text = self._text[self._position :] + data.decode("latin-1")
-        self._position = 0
-        self._is_over = not data
+        text, at = text[at:] + data.decode("latin-1"), 0
         return bool(data)
 
-    def _mark(self) -> str:
-        """The next character that is no space; empty at the end."""
+    def mark() -> str:  # the next character that is no space; empty at the end
+        nonlocal at
         while True:
-            self._position = _JSON_SPACE.match(self._text, self._position).end()  # type: ignore[union-attr]  # always matches
-            if self._position < len(self._text) or not self._more():
-                return self._text[self._position : self._position + 1]
+            at = skip_space(text, at).end()  # type: ignore[union-attr]  # it always matches
+            if at < len(text) or not more():
+                return text[at : at + 1]
 
-    def __iter__(self) -> Iterator[Any]:
-        """Raises Error where it isn't a list."""
-        if self._mark() != "[":
-            raise Error(
-                f"{self._what} is not a JSON list of extents, as `rbd diff --format json`, "
-                "`qemu-img map --output=json` or `nbdinfo --map --json` write it"
-                if self._text
-                else f"{self._what} is not a JSON list: it is empty; has its producer failed?"
-            )
-        self._position += 1
-        import json
-
-        decode = json.JSONDecoder().raw_decode
-        index = 0
-        is_closed = self._mark() == "]"
-        while not is_closed:
-            yield self._entry(decode, index)
-            if self._text.startswith(",{", self._position):  # the shorter way to the same
-                self._position += 1
-                index += 1
+    if mark() != "[":
+        if not text:
+            raise Error(f"{what} is not a JSON list: it is empty; has its producer failed?")
+        raise Error(
+            f"{what} is not a JSON list of extents, as `rbd diff --format json`, `qemu-img map "
+            "--output=json` or `nbdinfo --map --json` write it"
+        )
+    at += 1
+    has_more = mark() != "]"
+    while has_more:
+        try:
+            entry, at = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, ValueError) and len(text) - at <= MAX_ENTRY and more():
                 continue
-            mark = self._mark()
-            if mark not in (",", "]"):
-                raise Error(f"{self._what}: there is no comma and no end behind entry {index}")
-            is_closed = mark == "]"
-            if not is_closed:
-                self._position += 1
-                self._mark()
-            index += 1
-        self._position += 1
-        if self._mark():
-            raise Error(f"{self._what}: there is something behind the end of the list")
-
-    def _entry(self, decode: Any, index: int) -> Any:
-        while True:
-            try:
-                entry, self._position = decode(self._text, self._position)
-                return entry
-            except (ValueError, RecursionError) as error:
-                is_long = len(self._text) - self._position > MAX_ENTRY
-                if isinstance(error, ValueError) and not is_long and self._more():
-                    continue
-                why = "nested too deep" if isinstance(error, RecursionError) else "not JSON"
-                if is_long:
-                    why += f", or has more than {MAX_ENTRY} characters"
-                raise Error(f"{self._what}: entry {index} is {why}") from error
+            why = f"not JSON, nested too deep, or has more than {MAX_ENTRY} characters"
+            raise Error(f"{what}: entry {index} is {why}") from error
+        yield entry
+        index += 1
+        if text.startswith(",{", at):  # the shorter way to the same
+            at += 1
+            continue
+        has_more = mark() == ","
+        if has_more:
+            at += 1
+            mark()
+    if mark() != "]":
+        raise Error(f"{what}: there is no comma and no end behind entry {index - 1}")
+    at += 1
+    if mark():
+        raise Error(f"{what}: there is something behind the end of the list")
 
 
-# Of a dialect: the key of an extent's start, and who tells from an entry and from whether the
-# image has a backing file what the extent holds: "data" or "zeros"; with a backing file also
-# "below", what a lower layer of the disk holds, so that it has not changed, and "absent", what
-# none of its layers does. None stands for "nothing that counts here".
-
-
-def _plain_kind(_entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
-    return "data"
+# What an extent holds, by its entry and whether the image has a backing file: "data" or "zeros";
+# with a backing file also "below", what a lower layer of the disk holds, so that it has not
+# changed, and "absent", what none of its layers does. None stands for "nothing that counts here".
+# Raises KeyError, ValueError or TypeError for what no such program writes.
 
 
 def _rbd_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
-    # Strings, not booleans: that is what rbd writes.
-    if entry["exists"] not in ("true", "false"):
-        raise ValueError
-    return "data" if entry["exists"] == "true" else "zeros"
+    return {"true": "data", "false": "zeros"}[entry["exists"]]  # strings: rbd writes no booleans
 
 
 def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
@@ -3570,9 +3540,7 @@ def _qemu_map_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
         raise ValueError
     # What is stored nowhere reads as zeros: one that says otherwise is a dirty bitmap in disguise.
     if not (zero or entry["data"]):
-        raise ValueError(
-            "neither zero nor data, as of an x-dirty-bitmap; use --bitmap NAME instead"
-        )
+        raise ValueError("neither zero nor data, as of an x-dirty-bitmap; use --bitmap NAME")
     if overlay and depth:
         return "below"
     if overlay and zero and not present:
@@ -3592,21 +3560,20 @@ def _nbdinfo_kind(entry: Dict[str, Any], overlay: bool) -> Optional[str]:
     if not _is_whole(flags):
         raise ValueError
     if description in ("clean", "dirty"):  # qemu:dirty-bitmap:NAME
-        return "data" if flags & 1 else None
+        return "data" if flags & NBD_STATE_DIRTY else None
     if description in ("data", "hole", "zero", "hole,zero"):  # base:allocation
-        return "zeros" if flags & 2 else "data"
+        return "zeros" if flags & NBD_STATE_ZERO else "data"
     if description == "absent":  # qemu:allocation-depth: stored nowhere in the chain
         return "absent" if overlay else "zeros"
-    if description == "local":
+    if description.startswith("backing depth ") and overlay:
+        return "below"
+    if description.startswith(("local", "backing depth ")):
         return "data"
-    if description.startswith("backing depth "):
-        return "below" if overlay else "data"
     raise ValueError
 
 
 def _ovirt_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
-    flags = [entry[key] for key in ("zero", "hole", "dirty") if key in entry]
-    if not all(isinstance(flag, bool) for flag in flags):
+    if not all(isinstance(entry.get(key, True), bool) for key in ("zero", "hole", "dirty")):
         raise ValueError
     if not entry.get("dirty", True):
         return None
@@ -3614,27 +3581,25 @@ def _ovirt_kind(entry: Dict[str, Any], _overlay: bool) -> Optional[str]:
 
 
 class Dialect(NamedTuple):
-    """How one kind of program writes extents: the key of the start, and how to read the rest."""
+    """How one kind of program writes extents.
+
+    start   the key of an extent's first byte
+    keys    what may say what it holds
+    kind    says what an entry holds, see above
+    """
 
     name: str
     start: str
+    keys: Tuple[str, ...]
     kind: Callable[[Dict[str, Any], bool], Optional[str]]
 
 
-PLAIN = Dialect("a plain list", "offset", _plain_kind)
-RBD_DIFF = Dialect("rbd diff", "offset", _rbd_kind)
-QEMU_MAP = Dialect("qemu-img map", "start", _qemu_map_kind)
+PLAIN = Dialect("a plain list", "offset", (), lambda _entry, _overlay: "data")
+RBD_DIFF = Dialect("rbd diff", "offset", ("exists",), _rbd_kind)
+QEMU_MAP = Dialect("qemu-img map", "start", ("zero", "data", "depth", "present"), _qemu_map_kind)
 QEMU_ALLOCATION = QEMU_MAP._replace(kind=_qemu_map_allocation)
-OVIRT = Dialect("ovirt-imageio", "start", _ovirt_kind)
-NBDINFO = Dialect("nbdinfo --map", "offset", _nbdinfo_kind)
-
-
-def _dialect(entry: Dict[str, Any]) -> Dialect:
-    if "start" in entry:
-        return OVIRT if "hole" in entry or "dirty" in entry else QEMU_MAP
-    if "type" in entry or "description" in entry:
-        return NBDINFO
-    return RBD_DIFF if "exists" in entry else PLAIN
+OVIRT = Dialect("ovirt-imageio", "start", ("zero", "hole", "dirty"), _ovirt_kind)
+NBDINFO = Dialect("nbdinfo --map", "offset", ("type", "description"), _nbdinfo_kind)
 
 
 def _is_whole(value: Any) -> bool:
@@ -3654,70 +3619,72 @@ def read_layout(
 
     Raises Error that names the first entry that makes no sense.
     """
-    data, known_zeros, absent = RangeList(), RangeList(), RangeList()
-    held = {"data": data, "zeros": known_zeros, "absent": absent}
-    has_layers = False
-    dialect = only
-    keys = None  # type: Any
+    held = {kind: RangeList() for kind in ("data", "zeros", "absent")}
+    dialect = only  # type: Any
+    width, has_layers = -1, False
+    known = {}  # type: Dict[Any, Callable[[int, int], None]]  # what takes extents of some values
     for index, entry in enumerate(entries):
-        label = f"{what}: entry {index}"
-        if not isinstance(entry, dict):
-            raise Error(f"{label} is not an object with a start and a length")
-        if dialect is None or entry.keys() != keys:
-            keys, found = entry.keys(), _dialect(entry)
-            dialect = dialect or found
-            if found.name != dialect.name:
-                raise Error(f"{label} is in the way of {found.name}, not of {dialect.name}")
-        start = _whole_number(entry, dialect.start, label)
-        length = _whole_number(entry, "length", label)
-        if start > size or (start == size and length):
-            raise Error(f"{label} starts at {start}, past the end of the disk at {size}")
-        kind = _kind(dialect, entry, overlay, label)
-        has_layers = has_layers or kind == "below"
-        if kind in held and length:
-            held[kind].add(start, min(start + length, size))
-    # What none of several layers holds has not changed since the top one was added. But a disk
-    # of one layer tells what it is, not what has changed: it may have lost what the backing file
+        if type(entry) is not dict or len(entry) != width:
+            dialect = _same_dialect(dialect, entry, f"{what}: entry {index}")
+            width, keys = len(entry), [key for key in dialect.keys if key in entry]
+            values_of = operator.itemgetter(dialect.start, "length", *keys)
+        try:
+            values = values_of(entry)
+            start, length = values[:2]
+            add = known.get(values[2:])
+            if add is None:
+                kind = dialect.kind(entry, overlay)
+                has_layers = has_layers or kind == "below"
+                add = known[values[2:]] = held[kind].add if kind in held else _ignore
+            if not (_is_whole(start) and _is_whole(length)):
+                raise ValueError(f"has start {ascii(start)[:40]} and length {ascii(length)[:40]}")
+            if start > size or (start == size and length):
+                raise ValueError(f"starts at {start}, past the end of the disk at {size}")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise Error(f"{what}: entry {index} {_fault(error, entry, dialect)}") from error
+        if length:
+            add(start, min(start + length, size))
+    # What none of several layers holds has not changed since the top one was added. But a map of
+    # one layer says what that is, not what has changed: it may have lost what the backing file
     # still has.
-    if not has_layers:
-        for start, end in absent:
-            known_zeros.add(start, end)
-    return Layout(data, known_zeros)
+    for start, end in held["absent"] if not has_layers else ():
+        held["zeros"].add(start, end)
+    return Layout(held["data"], held["zeros"])
 
 
-def _kind(dialect: Dialect, entry: Dict[str, Any], overlay: bool, label: str) -> Optional[str]:
-    """What an extent holds. Raises Error if no such program writes what it says."""
-    try:
-        return dialect.kind(entry, overlay)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, KeyError) and error.args[0] not in entry:
-            why = f"it has no {error.args[0]!r}"
-        elif isinstance(error, ValueError) and error.args:
-            why = str(error)
-        else:
-            rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
-            why = ascii(rest)[:80]
-        raise Error(f"{label} is not what {dialect.name} writes: {quoted(why)}") from error
+def _ignore(_start: int, _end: int) -> None:
+    pass
 
 
-def _whole_number(entry: Dict[str, Any], key: str, label: str) -> int:
-    if key not in entry:
-        raise Error(f"{label} has no {key!r}")
-    value = entry[key]
-    if not _is_whole(value):
-        raise Error(f"{label}: its {key!r} is {ascii(value)[:40]}, not a whole number of bytes")
-    return int(value)
+def _same_dialect(dialect: Optional[Dialect], entry: Any, label: str) -> Dialect:
+    if not isinstance(entry, dict):
+        raise Error(f"{label} is not an object with a start and a length")
+    if "start" in entry:
+        found = OVIRT if "hole" in entry or "dirty" in entry else QEMU_MAP
+    elif "type" in entry or "description" in entry:
+        found = NBDINFO
+    else:
+        found = RBD_DIFF if "exists" in entry else PLAIN
+    if dialect is not None and found.name != dialect.name:
+        raise Error(f"{label} is in the way of {found.name}, not of {dialect.name}")
+    return dialect or found
 
 
-class DiskInfo(NamedTuple):
-    """What `qemu-img info --output=json` says: virtual size and cluster size (or None)."""
+def _fault(error: Exception, entry: Dict[str, Any], dialect: Dialect) -> str:
+    """What is wrong with an entry, after its number."""
+    if isinstance(error, KeyError):
+        return f"has no {error}"
+    if isinstance(error, ValueError) and error.args:
+        return f"{error}; {dialect.name} does not write that"
+    rest = {key: entry[key] for key in entry if key not in (dialect.start, "length")}
+    return f"is not what {dialect.name} writes: {quoted(ascii(rest)[:80])}"
 
-    virtual_size: int
-    cluster_size: Optional[int]
 
+def read_info(text: str, what: str) -> Tuple[int, Optional[int]]:
+    """(virtual size, cluster size if it is one of qcow2's) from `qemu-img info --output=json`.
 
-def read_info(text: str, what: str) -> DiskInfo:
-    """Understand `qemu-img info --output=json`. Raises Error where it isn't that."""
+    Raises Error where it isn't that.
+    """
     import json
 
     try:
@@ -3726,12 +3693,11 @@ def read_info(text: str, what: str) -> DiskInfo:
         raise Error(f"{what} is not JSON") from error
     if not isinstance(info, dict):
         raise Error(f"{what} is not what qemu-img info writes")
-    virtual_size = _whole_number(info, "virtual-size", what)
-    if virtual_size > MAX_SIZE:
-        raise Error(f"{what}: its 'virtual-size' of {virtual_size} bytes is more than any disk has")
-    cluster_size = info.get("cluster-size")
+    size, cluster_size = info.get("virtual-size"), info.get("cluster-size")
+    if not _is_whole(size) or size > MAX_SIZE:
+        raise Error(f"{what}: its 'virtual-size' is {ascii(size)[:40]}, which no disk has")
     is_known = _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES
-    return DiskInfo(virtual_size, cluster_size if is_known else None)
+    return size, cluster_size if is_known else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5069,11 +5035,11 @@ def json_reader(
 
 
 class KnownDisk(NamedTuple):
-    """What XAPI's descriptors tell of a disk, as far as they do.
+    """What XAPI's descriptors say of a disk, as far as they do.
 
     size, cluster_size  in bytes
     ranges              sorted, all of it but what is known to be zeros
-    is_whole            the map speaks of every byte, as qemu-img's does; else it is not believed
+    is_whole            the map covers the disk, as qemu-img's does; else it is not believed
     """
 
     size: Optional[int] = None
@@ -5086,30 +5052,28 @@ def read_known_disk(
     options: argparse.Namespace, prefix: str, name: str, resources: contextlib.ExitStack
 ) -> KnownDisk:
     """Read what XAPI's descriptors say of the disk in a file; prefix is "diff-" for BASE's."""
-    known, entries = KnownDisk(), None  # type: KnownDisk, Optional[List[Any]]
+    size, cluster_size, entries = None, None, None  # type: Any, Optional[int], Any
     for kind in ("map", "info"):  # who writes both to pipes may do so in this order
         option = f"--json-header-{prefix}{kind}"
         fd = vars(options)[option[2:].replace("-", "_")]
-        if fd is None:
-            continue
-        read = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
-        if kind == "map":
-            entries = list(JsonList(read, option))
-        else:
-            text = b"".join(iter(read, b"")).decode("latin-1")
-            known = KnownDisk(*read_info(text, option))
+        if fd is not None:
+            read = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
+            if kind == "map":
+                entries = list(json_list(read, option))
+            else:
+                text = b"".join(iter(read, b"")).decode("latin-1")
+                size, cluster_size = read_info(text, option)
     if entries is None:
-        return known
-    size = known.size
+        return KnownDisk(size, cluster_size)
     if size is None:
         with contextlib.closing(DiskFile(name, Watch())) as file:
             size = align_up(file.size, SECTOR_SIZE)
-    what = f"--json-header-{prefix}map"
-    layout = read_layout(entries, what, size, False, QEMU_ALLOCATION)
-    gaps = list(layout.gaps(size))
+    layout = read_layout(entries, f"--json-header-{prefix}map", size, False, QEMU_ALLOCATION)
+    known = sweep(size, joined(layout.all()))
+    gaps = [(start, end) for start, end, (item,) in known if item is None]
     for start, end in gaps:
         layout.data.add(start, end)
-    return known._replace(ranges=layout.data, is_whole=not gaps)
+    return KnownDisk(size, cluster_size, layout.data, not gaps)
 
 
 class Sources(NamedTuple):
@@ -5154,7 +5118,7 @@ def open_sources(
     if options.layout is not None:
         what = f"--layout {quoted(options.layout)}"
         read = json_reader(what, options.layout, False, resources)
-        layout = read_layout(JsonList(read, what), what, size, options.backing_file is not None)
+        layout = read_layout(json_list(read, what), what, size, options.backing_file is not None)
     if options.diff is not None:
         base = opener.open_base(known_base)
         is_known = known.is_whole and known_base.is_whole
@@ -5234,10 +5198,7 @@ class Opener:
             ranges, is_recording = image.bitmap_ranges(bitmap)
         if not is_recording:
             warn(f"the bitmap {quoted(bitmap)} is disabled: what was written since is not in it")
-        changed = RangeList()
-        for start, end in ranges:
-            changed.add(start, end)
-        return changed
+        return RangeList(ranges)
 
 
 def make_steps(

@@ -13,7 +13,7 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import pytest
 from hypothesis import given, settings
@@ -137,21 +137,35 @@ json_values = st.recursive(
 @settings(max_examples=1500)
 @given(value=json_values)
 def test_any_json(value: Any) -> None:
-    with contextlib.suppress(program.Error):
-        program.read_layout(json.dumps(value), "layout", SIZE, False)
+    for entries in (value if isinstance(value, list) else [value], [value, value]):
+        for overlay in (False, True):
+            with contextlib.suppress(program.Error):
+                program.read_layout(entries, "layout", SIZE, overlay)
     with contextlib.suppress(program.Error):
         program.read_info(json.dumps(value), "info")
 
 
+def reader(text: bytes, step: int) -> Callable[[], bytes]:
+    """What hands a text out in pieces."""
+    pieces = [text[at : at + step] for at in range(0, len(text), step)]
+    return lambda: pieces.pop(0) if pieces else b""
+
+
 @settings(max_examples=1500)
-@given(text=st.binary(max_size=200))
-def test_any_bytes(text: bytes) -> None:
+@given(text=st.binary(max_size=200), cut=st.integers(0, 200))
+def test_any_bytes(text: bytes, cut: int) -> None:
     for raw in (text, b"[" + text, b'[{"offset":' + text):
-        decoded = raw.decode("latin-1")
         with contextlib.suppress(program.Error):
-            program.read_layout(decoded, "layout", SIZE, True)
+            list(program.json_list(reader(raw, cut + 1), "layout"))
         with contextlib.suppress(program.Error):
-            program.read_info(decoded, "info")
+            program.read_info(raw.decode("latin-1"), "info")
+
+
+@settings(max_examples=500)
+@given(values=st.lists(st.dictionaries(st.text(max_size=3), json_values)), cut=st.integers(1, 9))
+def test_a_list_in_pieces_is_the_same_list(values: Any, cut: int) -> None:
+    decoded = list(program.json_list(reader(json.dumps(values).encode(), cut), "layout"))
+    assert json.dumps(decoded) == json.dumps(values)
 
 
 BOMBS = {
