@@ -1999,7 +1999,7 @@ class ImageName(NamedTuple):
     """A disk as QEMU's programs are to find it.
 
     name        as the user gave it
-    format      such as "qcow2"; never guessed
+    format      such as "qcow2"; never guessed: empty is raw, though nobody has said so
     is_options  the name is a block device option string, and says the format itself
     """
 
@@ -3693,7 +3693,7 @@ def read_info(text: str, what: str) -> Tuple[int, Optional[int]]:
         raise Error(f"{what} is not JSON") from error
     if not isinstance(info, dict):
         raise Error(f"{what} is not what qemu-img info writes")
-    size, cluster_size = info.get("virtual-size"), info.get("cluster-size")
+    size, cluster_size = info.get("virtual-size"), info.get("cluster-size")  # type: Any, Any
     if not _is_whole(size) or size > MAX_SIZE:
         raise Error(f"{what}: its 'virtual-size' is {ascii(size)[:40]}, which no disk has")
     is_known = _is_whole(cluster_size) and cluster_size in CLUSTER_SIZES
@@ -4780,14 +4780,7 @@ exit status:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations of long options.
-
-    argparse's own allow_abbrev=False also forbids `-c64K` before Python 3.8.
-    """
-
-    def _get_option_tuples(self, option_string: str) -> List[Any]:
-        is_long = option_string.startswith("--")
-        return [] if is_long else list(super()._get_option_tuples(option_string))
+    """An argument parser whose words go to standard output as an image does, or to stderr."""
 
     def _print_message(self, message: str, _file: Any = None) -> None:
         output = Output(1, is_text=True)
@@ -4795,6 +4788,13 @@ class _Parser(argparse.ArgumentParser):
         output.flush()
 
     def error(self, message: str) -> Any:
+        unknown, _, words = message.partition("unrecognized arguments: ")
+        if not unknown and words:
+            import difflib
+
+            near = difflib.get_close_matches(words.split()[0], self._option_string_actions)
+            hint = "one INPUT becomes one image, on standard output: INPUT > IMAGE"
+            message += f"; did you mean {near[0]}?" if near else f"; {hint}"
         report(self.format_usage() + f"{PROGRAM}: error: {quoted(message)[1:-1]}")
         sys.exit(2)
 
@@ -4838,7 +4838,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--size", type=number_in(range(MAX_SIZE), "a number of bytes, perhaps with K, M, G or T"),
         help="with INPUT -: bytes of the disk. Read once: all clusters are stored, or the "
         "layout's only")
-    add("-f", "--format", metavar="FMT", default="raw",
+    add("-f", "--format", metavar="FMT",
         help="format of INPUT: raw (default), qcow2, or what QEMU reads, e.g. vmdk, vhdx")
     add("-l", "--snapshot", metavar="NAME",
         help="an internal snapshot of a qcow2 INPUT, by name or ID")
@@ -4907,13 +4907,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def are_same_file(one: str, other: str) -> bool:
-    """Whether two names lead to one file from here."""
-    with contextlib.suppress(OSError):
-        return os.path.realpath(one) == os.path.realpath(other)
-    return False
-
-
 def refuse_contradictions(options: argparse.Namespace) -> None:
     """Raise Error for options that don't go together."""
     diff, bitmap, layout, snapshot = options.diff, options.bitmap, options.layout, options.snapshot
@@ -4926,13 +4919,14 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
     is_stream = options.input == "-" and not options.image_opts
     is_uri = is_nbd_uri(options.input) and not options.image_opts
     is_qcow2 = options.format == "qcow2" and not is_stream
-    has_format = options.format != "raw" or options.image_opts
-    form = "--image-opts" if options.image_opts else f"--format {options.format}"
-    base_format = options.diff_format or options.format
+    fmt = options.format or "raw"
+    has_format = fmt != "raw" or options.image_opts
+    form = "--image-opts" if options.image_opts else f"--format {fmt}"
+    base_format = options.diff_format or fmt
     contradictions = (
         (not is_stream and options.size is not None, "--size is for INPUT - only; leave it out"),
-        (is_stream and options.format != "raw",
-         f"INPUT - comes once, but {options.format} must be read here and there; use a file"),
+        (is_stream and fmt != "raw",
+         f"INPUT - comes in order, and {fmt} is not read in order; write it to a file first"),
         (is_stream and options.size is None, "the size of INPUT - must be known first; add --size"),
         (is_stream and (maps or has_external or options.salvage),
          "INPUT - is read once; leave --data-file, --json-header and --salvage options out"),
@@ -4943,20 +4937,20 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "standard input can't be both INPUT and the layout; put the layout into a file"),
         (options.output is not None and not options.measure,
          "--output says how --measure prints; add --measure"),
-        (options.image_opts and options.format != "raw",
+        (options.image_opts and options.format is not None,
          "--image-opts names the format itself, as driver=…; leave --format out"),
         (options.image_opts and not re.search(r"(^|,)driver=", options.input),
          f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
         (options.image_opts and opens_for_writing(options.input),
          f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
-        (is_uri and options.format != "raw",
+        (is_uri and options.format is not None,
          f"an NBD server shows a disk as it is: leave -f {options.format} out"),
         ((has_format or is_uri) and has_external,
          f"{external} refers to a raw file, but INPUT is {'a server' if is_uri else form}"),
         ((has_format and maps) or (base_maps and (has_format or base_format != "raw")),
          "the --json-header options describe raw disks; leave --format and --diff-format out"),
         (options.diff_format is not None and diff is None, "--diff-format needs --diff BASE"),
-        (not all(re.match(r"[\w-]+\Z", each, re.ASCII) for each in (options.format, base_format)),
+        (not all(re.match(r"[\w-]+\Z", each, re.ASCII) for each in (fmt, base_format)),
          "a format is a name such as raw, qcow2 or vmdk"),
         (len(partials) > 1,
          "--diff, --bitmap and --layout all say what to export; give one of them"),
@@ -4989,10 +4983,6 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (options.image_opts and diff is not None and options.diff_format is None
          and not is_nbd_uri(diff),
          "--image-opts says the format of INPUT alone; add --diff-format for BASE"),
-        (overlay and diff is not None and base_format != options.backing_format
-         and are_same_file(diff, name),
-         f"BASE and the backing file are the same file, once as {base_format} and once as "
-         f"{options.backing_format}; add --diff-format {options.backing_format}"),
         (re.match("[^/]*:", name) and (not PROTOCOLS.match(name) or os.path.exists(name)),
          f"QEMU takes {quoted(name)} for a protocol's address; put ./ before the name"),
         (re.match("(file|host_device|host_cdrom):[^/]", name),
@@ -5103,7 +5093,7 @@ def open_sources(
     known = read_known_disk(options, "", options.input, resources)
     known_base = read_known_disk(options, "diff-", options.diff, resources)
     opener = Opener(options, watch, resources)
-    image = ImageName(options.input, options.format, options.image_opts)
+    image = ImageName(options.input, options.format or "", options.image_opts)
     disk = opener.open(image, known, options.snapshot, options.bitmap)
     size = align_up(disk.size if known.size is None else known.size, SECTOR_SIZE)
     if align_up(disk.size, SECTOR_SIZE) < size:
@@ -5150,12 +5140,16 @@ class Opener:
             return RawSource(connect_nbd_uri(name, resources, bitmap), watch, known.size)
         if PROTOCOLS.match(name) and not os.path.exists(name):
             hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
-            if name.startswith(("file:", "host_")):
+            if name.startswith("nbd:"):
+                hint = "an NBD server's disk is named by a URI, nbd://HOST:PORT/EXPORT"
+            elif name.startswith(("file:", "host_")):
                 hint = "leave out what is before the colon"
             raise Error(f"there is no file {quoted(name)}; {hint}")
-        if image.format == "raw":
+        if image.format in ("", "raw"):
             file = DiskFile(name, watch)
             resources.callback(file.close)
+            if not image.format:
+                self._look_for_header(file)
             return RawSource(file, watch, known.size, known.ranges)
         source = None
         if image.format == "qcow2":
@@ -5168,25 +5162,31 @@ class Opener:
         """Open the disk that --diff names. Raises Error also if its format is in doubt."""
         options = self._options
         name, is_said = options.diff, options.diff_format is not None
-        fmt = options.diff_format or ("raw" if is_nbd_uri(name) else options.format)
+        fmt = options.diff_format or options.format or ""
+        if not is_said and (is_nbd_uri(name) or fmt == "raw"):
+            fmt = ""
         try:
-            base = self.open(ImageName(name, fmt, False), known, options.diff_snapshot, None)
+            return self.open(ImageName(name, fmt, False), known, options.diff_snapshot, None)
         except Error as error:
-            if is_said or fmt == "raw" or not os.path.exists(name):
+            if is_said or not fmt or not os.path.exists(name):
                 raise
             raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
-        if not is_said and (fmt, options.backing_format) == ("raw", "qcow2"):
-            # Not to guess: a guest may have written it. But it is to be said which is meant.
-            magic = bytearray(len(MAGIC))
-            with contextlib.suppress(ReadError):
-                extents = Cutter(base.extents()).take(0, len(magic))
-                base.read_into(memoryview(magic), 0, extents)
-            if magic == MAGIC:
-                raise Error(
-                    f"{quoted(name)} begins as a qcow2 image does, as the backing file is one; add "
-                    "--diff-format qcow2, or --diff-format raw if it is a guest's"
-                )
-        return base
+
+    def _look_for_header(self, file: DiskFile) -> None:
+        """Say it if a raw disk begins as a qcow2 image: its guest may have written it."""
+        magic = b""
+        with contextlib.suppress(Error):
+            magic = file.read(0, len(MAGIC))
+        if magic == MAGIC:
+            is_base = file.path == self._options.diff
+            option = "--diff-format" if is_base else "-f"
+            message = (
+                f"{file.label} begins as a qcow2 image does, and is read as a raw disk; add "
+                f"{option} qcow2, or {option} raw if it is a guest's"
+            )
+            if is_base and self._options.backing_format == "qcow2":
+                raise Error(message)
+            warn(message)
 
     def changed_ranges(self, disk: Source) -> RangeList:
         """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""
@@ -5279,7 +5279,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     output = Output(1, is_text=options.measure)
     guard = None if options.measure else OutputGuard(output)
     # Sources: where guest bytes are.
-    progress.enter(f"opening {quoted(options.input)}")
+    progress.enter("opening INPUT")
     watch = Watch()
     sources = open_sources(options, watch, resources)
     if guard:

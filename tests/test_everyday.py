@@ -151,7 +151,9 @@ def test_progress_is_redrawn_on_a_terminal(slow: Path) -> None:
     drawn = on_a_terminal(command(slow, "-p"))
     pictures = [text.strip() for text in drawn.split("\r\x1b[K") if text.strip()]
     assert len(pictures) > 3
-    assert [text for text in pictures[:-1] if not re.fullmatch(LINE, text)] == []
+    of_the_copy = [text for text in pictures[:-1] if not text.startswith("opening ")]
+    assert len(of_the_copy) > 3
+    assert [text for text in of_the_copy if not re.fullmatch(LINE, text)] == []
     assert re.fullmatch(SUMMARY, pictures[-1])
     assert drawn.count("\n") == 1, "one line stays"
     assert max(map(len, pictures[:-1])) < 80
@@ -438,7 +440,7 @@ STREAM_MISUSE = [
     (["disk.raw", "--size", "1M"], "--size"),
     (["-", "--size", "1M", "--diff", "disk.raw"], "--diff"),
     (["-", "--size", "1M", "--layout", "-"], "both"),
-    (["-", "--size", "1M", "-f", "qcow2"], "qcow2 must be read here and there"),
+    (["-", "--size", "1M", "-f", "qcow2"], "qcow2 is not read in order"),
     (["-", "--size", "1M", "-d"], "--data-file"),
     (["-", "--size", "1M", "-R"], "--data-file"),
 ]

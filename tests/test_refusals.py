@@ -385,6 +385,20 @@ def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> 
     stream(*options, "--diff-format", "qcow2")
 
 
+def test_a_qcow2_image_that_is_wrapped(disk: Path, tmp_path: Path) -> None:
+    """A format is never guessed, but who forgot -f sees it at once."""
+    image = tmp_path / "guest.qcow2"
+    image.write_bytes(stream(disk))
+    for said, options in (("-f qcow2", [image]), ("--diff-format qcow2", [disk, "--diff", image])):
+        result = run(*options)
+        assert result.status == 0
+        assert result.stderr.startswith("qcow2_to_stdout.py: warning: ")
+        assert result.stderr.count("\n") == 1
+        assert said in result.stderr
+    assert stream(image) == stream(image, "-f", "raw")
+    assert run(image, "-f", "raw").stderr == ""
+
+
 def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
     """What driver= says of INPUT says nothing of BASE."""
     options = [
@@ -580,8 +594,9 @@ def test_a_data_file_name_that_does_not_fit(tmp_path: Path) -> None:
         (["-r", "016", "x"], "1, 2, 4, 8, 16, 32 or 64"),
         (["-m", "0", "x"], "1 to 64"),
         (["-m", "65", "x"], "1 to 64"),
-        (["--cluster", "512", "x"], "--cluster"),
-        (["x", "y"], "y"),
+        (["--compess", "zlib", "x"], "did you mean --compress"),
+        (["x", "y"], "standard output"),
+        (["x", "-O", "qcow2"], "standard output"),
     ],
 )
 def test_wrong_usage_exits_2(arguments: List[str], words: str) -> None:
