@@ -5279,7 +5279,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     output = Output(1, is_text=options.measure)
     guard = None if options.measure else OutputGuard(output)
     # Sources: where guest bytes are.
-    progress.enter("opening INPUT")
+    progress.enter(f"opening {quoted(os.path.basename(options.input))}")
     watch = Watch()
     sources = open_sources(options, watch, resources)
     if guard:
