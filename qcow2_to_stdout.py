@@ -1980,14 +1980,15 @@ SOCKET_FOLDERS = ("/dev/shm", "/run", "/tmp")  # after $TMPDIR
 SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
 PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
 FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in map
-MAX_VMDK_DESCRIPTOR = 1 << 20  # bytes; QEMU reads no more either
 COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
 QEMU_HINTS = (  # of what its programs say, what to do about it
     ("Failed to get.*lock", "a running VM holds the image: export its snapshot, or stop the VM"),
     ("key-secret", "name the key: --object secret,id=s,file=KEY --image-opts driver=qcow2,"
      "encrypt.key-secret=s,file.filename=IMAGE"),
     ("Unknown driver", "QEMU's names are such as qcow2, vmdk, vhdx, vdi, and vpc for VHD"),
+    ("can only be used with read-only", "disks are opened for reading only: leave read-only=… out"),
 )  # fmt: skip
+MAX_COMPLAINT = 1000  # characters of what a program says
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
 VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
 VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
@@ -2016,12 +2017,6 @@ class ImageName(NamedTuple):
             options = f"driver={self.format},file.driver={driver},file.filename={name}"
         words = ["--image-opts", options + ",force-share=on"]
         return [os.fsencode(word) for word in words + [f"--object={each}" for each in objects]]
-
-
-def opens_for_writing(options: str) -> bool:
-    """Whether a QEMU option string asks for a disk that can be written to, wherever in it."""
-    flag, value = r"(^|,)no[\w.]*read-only(,|$)", r"read-only(=|\W+)(off|no|false|n)\b"
-    return re.search(f"{flag}|{value}", options) is not None
 
 
 def is_block_device(name: str) -> bool:
@@ -2093,7 +2088,8 @@ def end_program(program: Any) -> str:
 def complaint(stderr: bytes) -> str:
     """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
     lines = filter(None, map(bytes.strip, stderr.splitlines()))
-    text = re.sub(r"^qemu-(img|nbd): ", "", shown_text(b"; ".join(lines)))
+    text = shown_text(b"; ".join(lines))[:MAX_COMPLAINT]
+    text = re.sub(r"^qemu-(img|nbd): |[\w ]*open '.*,force-share=on': ", "", text)
     for pattern, hint in QEMU_HINTS:
         if re.search(pattern, text):
             text += f"; {hint}"
@@ -2253,22 +2249,6 @@ class Member:
                 )
             for _, file in self.files:
                 refuse_if_grain_tables_are_missing(file)
-            if os.path.isfile(self.name):
-                refuse_misread_descriptor(self.name, self.size)
-
-
-def refuse_misread_descriptor(name: str, size: int) -> None:
-    """Raise Error if QEMU finds other extents in a VMDK's descriptor than those of its disk."""
-    with open(name, "rb") as image:
-        text = image.read(MAX_VMDK_DESCRIPTOR)
-    if re.match(rb"\s*#\s*Disk\s*DescriptorFile", text, re.I):
-        extents = re.findall(rb"^\s*(?:RW|RDONLY|NOACCESS)\s+(\d{1,18})\s", text, re.M)
-        whole = sum(map(int, extents)) * SECTOR_SIZE
-        if whole != size:
-            raise Error(
-                f"{quoted(name)} has extents of {whole} bytes, which QEMU would read as {size}: it "
-                "skips one that is not RW, or takes one behind an empty line twice"
-            )
 
 
 def refuse_misread_vhd(file: DiskFile, size: int) -> None:
@@ -4941,8 +4921,6 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
          "--image-opts names the format itself, as driver=…; leave --format out"),
         (options.image_opts and not re.search(r"(^|,)driver=", options.input),
          f"{quoted(options.input)} names no driver=…, and a format is never guessed"),
-        (options.image_opts and opens_for_writing(options.input),
-         f"{quoted(options.input)} would open a disk for writing; leave read-only=… out"),
         (is_uri and options.format is not None,
          f"an NBD server shows a disk as it is: leave -f {options.format} out"),
         ((has_format or is_uri) and has_external,

@@ -361,20 +361,19 @@ def test_a_shorter_disk_that_ends_within_a_sector(
 
 
 def test_an_option_string_that_would_write_is_refused(tmp_path: Path) -> None:
-    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
-    top = overlay(tmp_path / "top.qcow2", raw, "raw")
-    before = top.read_bytes()
-    for key, value in (("file.read-only", "off"), ("read-only", "n"), ("file.read-only", "false")):
-        node = f"driver=copy-on-read,{key}={value},file.driver=qcow2,file.file.filename={top}"
-        assert_refused(run("--image-opts", node), "for writing")
-    for flag in ("noread-only", "nofile.read-only", "read-only=on,noread-only"):
-        node = f"driver=copy-on-read,file.driver=qcow2,{flag},file.file.filename={top}"
-        assert_refused(run("--image-opts", node), "for writing")
-    inner = json.dumps({"driver": "file", "filename": str(top), "read-only": False})
-    node = f"driver=qcow2,file.filename=json:{inner.replace(',', ',,')}"
-    assert_refused(run("--image-opts", node), "for writing")
+    top = overlay(tmp_path / "top.qcow2", write_disk(tmp_path / "raw", MIB, []), "raw")
+    for options in ("read-only=off", "file.read-only=off", "noread-only"):
+        node = f"driver=qcow2,{options},file.driver=file,file.filename={top}"
+        assert_refused(run("--image-opts", node), "leave read-only=… out")
     stream("--image-opts", f"driver=qcow2,read-only=on,file.read-only=yes,file.filename={top}")
-    assert top.read_bytes() == before
+
+
+def test_what_qemu_says_is_shown_without_its_own_options(tmp_path: Path) -> None:
+    raw = write_disk(tmp_path / "a, b'.raw", MIB, [(0, noise(MIB))])
+    for words in (["-f", "vmdk", str(raw)], ["-f", "vmkd", str(raw)]):
+        result = run(*words)
+        assert_refused(result, "cannot open '/", "a, b'.raw': ")
+        assert "driver=" not in result.stderr
 
 
 @pytest.mark.xdist_group("ceph")
@@ -624,31 +623,6 @@ def test_a_vmdk_whose_parent_has_no_name(tmp_path: Path) -> None:
     (hint,) = re.findall(rb'parentFileNameHint="[^"]*"\n', content)
     image.write_bytes(content.replace(hint, b"#".ljust(len(hint) - 1) + b"\n"))
     assert_refused(run("-f", "vmdk", image), "a.vmdk", "a differencing VMDK")
-
-
-@pytest.mark.parametrize(
-    "line, size",
-    [
-        ("RW 2048 ZERO", 3 * MIB),
-        ('RDONLY 2048 FLAT "b" 0', 3 * MIB),
-        ("NOACCESS 2048 ZERO", 3 * MIB),
-        ("", 2 * MIB),
-    ],
-)
-def test_a_vmdk_of_which_qemu_skips_or_repeats_an_extent(
-    tmp_path: Path, line: str, size: int
-) -> None:
-    """What comes behind it would lie elsewhere."""
-    for name in "ab":
-        write_disk(tmp_path / name, MIB, [(0, noise(MIB))])
-    image = tmp_path / "d.vmdk"
-    head = "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n"
-    head += 'createType="twoGbMaxExtentFlat"\n# Extent description'
-    extents = ['RW 2048 FLAT "a" 0', 'RW 2048 FLAT "b" 0']
-    image.write_text("\n".join([head, *extents, ""]))
-    stream("-f", "vmdk", image)
-    image.write_text("\n".join([head, extents[0], line, extents[1], ""]))
-    assert_refused(run("-f", "vmdk", image), "d.vmdk", f"extents of {size} bytes")
 
 
 def test_a_short_data_file(tmp_path: Path) -> None:
