@@ -146,6 +146,9 @@ def live_through(image: Path, size: int, writes: Night) -> None:
         qemu_io(image, f"{what} {at} {min(count, size - at)}")
 
 
+@pytest.mark.guarantee(
+    2, "a bitmap of another granularity than the clusters", "each cluster that a bit touches counts"
+)
 @settings(max_examples=20)
 @given(
     size=st.sampled_from([MIB, 3 * MIB + 512, 10 * MIB]),
@@ -176,6 +179,7 @@ def test_any_two_nights(
     shutil.rmtree(folder)
 
 
+@pytest.mark.guarantee(6, "a bitmap that is the backing file's", "refused")
 def test_a_bitmap_of_an_overlay(tmp_path: Path) -> None:
     """What the image shows of its own backing file counts where the bitmap says so."""
     base = scribble(make(tmp_path / "base.qcow2", 8 * MIB), 1, 8 * MIB)
@@ -315,6 +319,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.guarantee(6, "a bitmap in use, or inconsistent", "refused")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_bitmaps_that_can_not_be_relied_on(tmp_path: Path, damage: Any) -> None:
     image = add_bitmap(make(tmp_path / "a.qcow2", 4 * MIB), "b", "-g", 512)

@@ -192,6 +192,9 @@ def test_it_is_no_larger_than_qemu_img_makes_it(
             assert len(image) <= len(stream(raw, "-c", str(cluster_size)))
 
 
+@pytest.mark.guarantee(
+    4, "a compressed cluster", "byte for byte that of `qemu-img convert -c` with the same library"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_clusters_are_byte_for_byte_those_of_qemu_img(tmp_path: Path, kind: str) -> None:
     raw = write_disk(tmp_path / "disk.raw", 1 << 20, [(0, text(1 << 20))])
@@ -269,6 +272,7 @@ program.main()
 """
 
 
+@pytest.mark.guarantee(5, "a cluster that compresses to another size the second time", "exit 1")
 @pytest.mark.parametrize(("memory", "status"), [("0", 1), ("1M", 0)])
 def test_a_size_that_differs_the_second_time_is_an_error(
     tmp_path: Path, memory: str, status: int

@@ -25,6 +25,7 @@ for entry in GOLDEN:
     BY_DISK.setdefault(f"{entry['size']}-bytes", []).append(entry)
 
 
+@pytest.mark.guarantee(4, "the options of QEMU's own script", "byte for byte what it writes")
 @pytest.mark.parametrize("disk", BY_DISK)
 def test_the_bytes_that_qemus_script_wrote(tmp_path: Path, disk: str) -> None:
     first = BY_DISK[disk][0]

@@ -70,6 +70,9 @@ def test_a_signal_ends_it_by_that_signal(
     assert (result.status, result.stderr) == (-signum, "")
 
 
+@pytest.mark.guarantee(
+    5, "the same as a container's first process", "exit status 128 and the signal's number"
+)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_first_process_of_a_container(disk: Path, name: str) -> None:
     """The kernel does nothing by default there; the shell's convention says how it ended."""
@@ -111,6 +114,7 @@ def test_a_full_device(disk: Path) -> None:
     assert_failed(result, "cannot write", "No space left on device")
 
 
+@pytest.mark.guarantee(5, "a block device that fails when it is written back", "exit 1")
 def test_a_device_that_fails_when_it_is_written_back(
     disk: Path, small_file_system: Path, loop_device: Callable[..., str]
 ) -> None:
@@ -207,6 +211,9 @@ def test_a_block_device_that_shrinks(tmp_path: Path, loop_device: Callable[..., 
     assert_failed(finish(program), device, "snapshot")
 
 
+@pytest.mark.guarantee(
+    5, "stderr that goes where the image goes", "nothing is said there; `--progress` is refused"
+)
 @pytest.mark.parametrize("option", [["-p"], []], ids=["progress", "SIGUSR1"])
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_messages_do_not_get_into_the_image(
@@ -259,6 +266,7 @@ def test_a_file_that_is_written_over_or_appended_to(disk: Path, tmp_path: Path, 
     assert image.read_bytes() == stream(disk) * (2 if mode == "ab" else 1)
 
 
+@pytest.mark.guarantee(5, "an output file that another run empties or writes to", "exit 1")
 @pytest.mark.parametrize("how", ["a second run", "emptied", "appended to"])
 @pytest.mark.parametrize("where", ["disk", "tmpfs"])
 def test_a_file_into_which_somebody_else_writes(
@@ -303,6 +311,7 @@ def write_and_disturb(disk: Path, image: Path, how: str) -> None:
     assert_failed(Result(program.returncode, b"", stderr), "somebody else", "a name of its own")
 
 
+@pytest.mark.guarantee(5, "stderr of another program in the output file", "exit 1")
 def test_an_output_into_which_another_program_says_something(
     tmp_path: Path, fuse_disk: Callable[..., FuseDisk]
 ) -> None:
@@ -320,6 +329,7 @@ def test_an_output_into_which_another_program_says_something(
         assert program.wait(TIMEOUT) == 1
 
 
+@pytest.mark.guarantee(5, "a second run into the same device", "refused")
 def test_a_device_into_which_a_second_run_writes(
     disk: Path, tmp_path: Path, loop_device: Callable[..., str]
 ) -> None:
@@ -342,6 +352,9 @@ def test_a_device_into_which_a_second_run_writes(
     assert (tmp_path / "target").read_bytes()[: len(expected)] == expected
 
 
+@pytest.mark.guarantee(
+    10, "a run that has ended, its descriptor still open", "its claim on the output has ended"
+)
 def test_a_file_that_is_read_or_written_one_after_the_other(disk: Path, tmp_path: Path) -> None:
     """The claim ends with the run, even where its descriptor lives on, and is no other's lock."""
     with open(tmp_path / "image", "wb") as kept:

@@ -295,6 +295,7 @@ with open(sys.argv[1], "rb") as disk:
 """
 
 
+@pytest.mark.guarantee(5, "standard input shorter or longer than `--size`", "exit 1 at its end")
 @pytest.mark.parametrize("size", [0, 1, 512, 100_000, 3 * MIB])
 @pytest.mark.parametrize("off", [-1, 1, 70_000])
 def test_input_shorter_or_longer_than_its_size(size: int, off: int) -> None:
@@ -305,6 +306,7 @@ def test_input_shorter_or_longer_than_its_size(size: int, off: int) -> None:
     assert_failed(result, "standard input", words, str(size))
 
 
+@pytest.mark.guarantee(5, "a pipe or socket of packets, of which ends get lost", "refused")
 @pytest.mark.parametrize("off", [0, 1, 3000])
 def test_input_that_keeps_packets_apart(off: int) -> None:
     """What is not read of a packet is lost: that there is more must be seen nevertheless."""

@@ -69,6 +69,7 @@ def assert_exact_or_failed(result: Result, expected: bytes) -> None:
 # Sources
 
 
+@pytest.mark.guarantee(5, "a read error", "exit 1, with the offset")
 @pytest.mark.parametrize("phase", ["scan", "copy"])
 def test_eio_from_a_remote_disk(tmp_path: Path, phase: str) -> None:
     needs(shutil.which("nbdkit") is not None, "nbdkit")
@@ -108,6 +109,7 @@ def test_a_source_whose_server_is_killed(
     assert_failed(finish(program), "cannot read")
 
 
+@pytest.mark.guarantee(2, "system calls that signals interrupt", "they go on")
 def test_a_storm_of_signals_that_interrupt_system_calls(disk: Path, tmp_path: Path) -> None:
     expected = stream(disk)
     with open(tmp_path / "image", "wb") as out, open(tmp_path / "log", "wb") as log:
@@ -125,6 +127,7 @@ def test_a_storm_of_signals_that_interrupt_system_calls(disk: Path, tmp_path: Pa
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.guarantee(6, "a device that grows or shrinks", "exit 1")
 def test_a_device_that_grows(tmp_path: Path, loop_device: Callable[..., str]) -> None:
     raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
     device = loop_device(raw)
@@ -135,6 +138,9 @@ def test_a_device_that_grows(tmp_path: Path, loop_device: Callable[..., str]) ->
     assert_failed(finish(program), device, "4194304 to 5242880")
 
 
+@pytest.mark.guarantee(
+    6, "a block device to which this host writes, or on which it discards", "exit 1 within seconds"
+)
 @pytest.mark.parametrize("change", ["write", "write to memory", "discard", "partition"])
 @pytest.mark.parametrize("way", ["by its name", "standard input"])
 def test_a_device_that_is_changed_while_it_streams(
@@ -202,6 +208,9 @@ def test_a_device_to_which_was_written_before(
             subprocess.run(["qemu-img", "compare", *(fmt or ["-f", "raw"]), *now], check=True)
 
 
+@pytest.mark.guarantee(
+    6, "a file that is truncated, extended, overwritten or punched", "exit 1 within seconds"
+)
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite", "punch", "touch"])
 @pytest.mark.parametrize("at", [1, 100_000, 2 * MIB])
 @pytest.mark.parametrize("way", ["by its name", "standard input"])
@@ -232,6 +241,7 @@ def test_a_file_that_is_changed_while_it_streams(
     assert_failed(finish(program), *words)
 
 
+@pytest.mark.guarantee(6, "a write that is under way when the program starts", "it is waited for")
 @pytest.mark.parametrize("python", [PYTHON, *filter(None, [shutil.which("pypy3")])])
 def test_a_file_in_the_midst_of_a_write(
     tmp_path: Path, fuse_disk: Callable[..., FuseDisk], python: str
@@ -258,6 +268,7 @@ def test_a_file_in_the_midst_of_a_write(
     assert result.stdout == expected
 
 
+@pytest.mark.guarantee(6, "a file on a network file system that another host changes", "exit 1")
 @pytest.mark.parametrize("change", ["truncate", "extend", "overwrite"])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_remote_file_that_another_host_changes(
@@ -294,6 +305,7 @@ def changes_on_the_server(raw: Path, change: str) -> None:
             file.write(b"!")
 
 
+@pytest.mark.guarantee(6, "a file that is replaced or deleted", "the open one is read to its end")
 def test_a_file_that_is_replaced_is_read_to_its_end(disk: Path, tmp_path: Path) -> None:
     expected = stream(disk)
     program = start(disk, bufsize=0)
@@ -305,6 +317,7 @@ def test_a_file_that_is_replaced_is_read_to_its_end(disk: Path, tmp_path: Path) 
     assert image == expected
 
 
+@pytest.mark.guarantee(2, "sectors of 4 KiB, an odd number of them", "they are read")
 @pytest.mark.parametrize("sectors", [1, 255, 1025])
 def test_a_device_with_sectors_of_4_kib(
     tmp_path: Path, loop_device: Callable[..., str], sectors: int
@@ -315,6 +328,9 @@ def test_a_device_with_sectors_of_4_kib(
     assert stream(device) == stream(raw)
 
 
+@pytest.mark.guarantee(
+    2, "a disk whose partition was written after the disk was cached", "it is read anew"
+)
 def test_a_disk_that_was_read_before_its_partition_was_written(
     tmp_path: Path, loop_device: Callable[..., str]
 ) -> None:
@@ -364,6 +380,7 @@ def interesting_bytes() -> List[int]:
     return sorted(edge for edge in edges | {4, 72, 112, 504, 5 * cluster + 100} if edge >= 0)
 
 
+@pytest.mark.guarantee(5, "a consumer that closes, at any byte", "it ends by SIGPIPE, silently")
 @pytest.mark.parametrize("at", interesting_bytes())
 def test_a_reader_that_closes_at_an_interesting_byte(disk: Path, at: int) -> None:
     program = start(disk, bufsize=0)
@@ -376,6 +393,9 @@ def test_a_reader_that_closes_at_an_interesting_byte(disk: Path, at: int) -> Non
     program.stderr.close()
 
 
+@pytest.mark.guarantee(
+    5, "a consumer that goes with the end of the image still in its pipe", "it ends by SIGPIPE"
+)
 @pytest.mark.parametrize("missing", [1, 65536, 500_000])
 def test_a_reader_that_closes_before_the_end(disk: Path, missing: int) -> None:
     """Even when all that is missing has been in the pipe already."""
@@ -508,6 +528,7 @@ def test_a_pipe_whose_reader_comes_later_is_not_waited_for_without_end(tmp_path:
         assert file.read() == stream(raw)
 
 
+@pytest.mark.guarantee(5, "a full file system", "exit 1, with the bytes written")
 def test_a_full_file_system(disk: Path, small_file_system: Path) -> None:
     with open(small_file_system / "image", "wb") as out:
         result = finish(start(disk, stdout=out))
@@ -543,6 +564,9 @@ def test_a_reader_that_dawdles(disk: Path) -> None:
 # The process
 
 
+@pytest.mark.guarantee(
+    5, "SIGINT, SIGTERM, SIGHUP, SIGQUIT at any moment", "it ends by that signal"
+)
 def test_every_signal_at_random_moments(disk: Path) -> None:
     """From the moment on that the program runs: before that, Python itself is starting."""
     dice = random.Random(4)
@@ -615,6 +639,7 @@ def test_standard_descriptors_closed_in_every_combination(
         assert done.stdout == stream(disk)
 
 
+@pytest.mark.guarantee(5, "a full stderr, or one that nobody reads", "the exit status says it")
 @pytest.mark.parametrize("options", [[], ["-p"]])
 def test_a_full_stderr(disk: Path, options: List[str]) -> None:
     with open("/dev/full", "wb") as full:
@@ -652,6 +677,9 @@ def test_few_descriptors(disk: Path, descriptors: int, options: List[str]) -> No
         assert_exact_or_failed(result, stream(disk, *options))
 
 
+@pytest.mark.guarantee(
+    5, "little memory, few descriptors, few threads", "an exact image, or exit 1"
+)
 @pytest.mark.parametrize("megabytes", [24, 32, 48, 64, 96, 256, 1024])
 def test_little_memory(disk: Path, megabytes: int) -> None:
     def limit() -> None:
@@ -757,6 +785,9 @@ def test_a_signal_while_the_source_does_not_answer(
     program.stderr.close()
 
 
+@pytest.mark.guarantee(
+    5, "a Python of which a part can't be loaded", "exit 1 before the first byte"
+)
 def test_a_python_that_lacks_a_part(disk: Path, tmp_path: Path) -> None:
     """What the end needs is loaded before the first byte leaves."""
     broken = "import sys\nsys.modules['termios'] = None\n"
@@ -765,6 +796,7 @@ def test_a_python_that_lacks_a_part(disk: Path, tmp_path: Path) -> None:
     assert "termios" in result.stderr
 
 
+@pytest.mark.guarantee(3, "locale C, names that are no text", "no difference")
 def test_locale_c_and_names_that_are_no_text(disk: Path, tmp_path: Path) -> None:
     expected = stream(disk)
     env = {"LC_ALL": "C", "PATH": os.environ["PATH"], "PYTHONUTF8": "0"}
@@ -813,6 +845,7 @@ def test_a_thread_that_begins_when_all_is_done(tmp_path: Path) -> None:
     assert done.stdout == stream(disk)
 
 
+@pytest.mark.guarantee(3, "`python -I`, `-S`, `-O`, `-W error`", "no difference")
 def test_under_a_python_without_extras(disk: Path) -> None:
     for flags in (["-I"], ["-S"], ["-O"], ["-OO"], ["-W", "error"], ["-X", "dev"], ["-B"]):
         done = subprocess.run(

@@ -114,6 +114,9 @@ def test_a_source_that_the_kernel_is_writing_back_is_no_changed_one(
     assert as_raw(ext4 / "image.qcow2").read_bytes() == expected
 
 
+@pytest.mark.guarantee(
+    6, "a source that changes once all of it is copied", "exit 0, the old content"
+)
 def test_a_source_may_change_once_its_last_byte_is_copied(tmp_path: Path) -> None:
     """However long the reader takes: the last megabyte is in memory before the last look."""
     raw = write_disk(tmp_path / "disk.raw", 900_000, [(0, noise(900_000))])
@@ -171,6 +174,7 @@ def write_all(fd: int, data: bytes, pause: float = 0, more: bytes = b"") -> None
             os.write(fd, more)
 
 
+@pytest.mark.guarantee(6, "a change while a reader has stalled", "exit 1 within seconds")
 @pytest.mark.parametrize("kind", ["raw", "device", "qcow2"])
 def test_a_source_that_changes_ends_a_run_whose_reader_has_stalled(
     tmp_path: Path, loop_device: Callable[..., str], kind: str
@@ -238,6 +242,7 @@ def sectors_read(device: str) -> int:
     return int(Path(f"/sys/class/block/{Path(device).name}/stat").read_text().split()[2])
 
 
+@pytest.mark.guarantee(7, "a device that a VM has open", "its cache stays")
 def test_a_device_that_a_vm_has_open_keeps_its_cache_and_is_read_from_it(
     tmp_path: Path, loop_device: Callable[..., str]
 ) -> None:
@@ -419,6 +424,7 @@ def as_nobody(script: str, *arguments: Any) -> List[str]:
     return [*words, "bash", "-c", script, "bash", *map(str, arguments)]
 
 
+@pytest.mark.guarantee(9, "64 backups of one user at once", "the others get their pipes")
 def test_many_backups_of_one_user_leave_pipes_to_others(tmp_path: Path) -> None:
     """The kernel counts the pages of all pipes of a user, and then hands out tiny ones."""
     soft = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())

@@ -126,6 +126,7 @@ def test_a_data_file_that_only_the_backing_name_tells_of(tmp_path: Path) -> None
     check_both_ways(top, direct=False)
 
 
+@pytest.mark.guarantee(2, "a backing file's name in JSON", "QEMU reads the chain")
 @pytest.mark.parametrize("form", ["qcow2", "raw"])
 def test_a_backing_name_in_json(tmp_path: Path, form: str) -> None:
     """Whatever its options mean, QEMU knows best."""
@@ -273,6 +274,7 @@ def check_against_qemu(tmp_path: Path, options: str) -> None:
     assert stream("--image-opts", options) == stream(expected)
 
 
+@pytest.mark.guarantee(2, "a server that calls something a hole, but not zeros", "it is read")
 def test_a_hole_that_is_no_zeros(tmp_path: Path) -> None:
     """A server may tell that something is not allocated, and not what it reads as."""
     plugin = tmp_path / "plugin.sh"
@@ -322,6 +324,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.guarantee(2, "what an overlay does not hold itself", "the backing file shows through")
 @pytest.mark.parametrize("node", FILTERS)
 def test_a_part_of_an_overlay(tmp_path: Path, node: str) -> None:
     """What the overlay has not got itself is not zeros: its backing file shows through."""
@@ -331,6 +334,9 @@ def test_a_part_of_an_overlay(tmp_path: Path, node: str) -> None:
     check_against_qemu(tmp_path, f"{part}{node}.driver=qcow2,{node}.file.filename={top}")
 
 
+@pytest.mark.guarantee(
+    2, "a disk that ends within a sector, over a longer backing file", "it reads as zeros there"
+)
 def test_an_overlay_on_a_part_of_an_overlay(tmp_path: Path) -> None:
     raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
     middle = overlay(tmp_path / "middle.qcow2", raw, "raw")
@@ -360,6 +366,7 @@ def test_a_shorter_disk_that_ends_within_a_sector(
     judges.qemu_compare(new, tmp_path / "overlay.qcow2")
 
 
+@pytest.mark.guarantee(7, "an option string that would open a disk for writing", "refused")
 def test_an_option_string_that_would_write_is_refused(tmp_path: Path) -> None:
     top = overlay(tmp_path / "top.qcow2", write_disk(tmp_path / "raw", MIB, []), "raw")
     for options in ("read-only=off", "file.read-only=off", "noread-only"):
@@ -460,6 +467,7 @@ def test_an_image_that_is_replaced_while_it_is_opened(tmp_path: Path, form: str)
     assert_refused(result, "cur", "was replaced while it was opened")
 
 
+@pytest.mark.guarantee(6, "an image that ends before its data", "exit 1 before the first byte")
 @pytest.mark.parametrize("missing", [1, 511, 512, MIB])
 def test_a_truncated_image(tmp_path: Path, missing: int) -> None:
     """QEMU would show zeros, which its own allowance for the last sector of a raw disk hides."""
@@ -519,6 +527,9 @@ def test_the_extent_of_a_flat_vmdk(tmp_path: Path) -> None:
     assert_refused(run("-f", "vmdk", image), "a-flat.vmdk", "is truncated")
 
 
+@pytest.mark.guarantee(
+    6, "the same of other formats, where QEMU would read zeros", "exit 1 before the first byte"
+)
 @pytest.mark.parametrize("form", ["vdi", "vmdk", "qcow", "qed", "vpc", "parallels", "vhdx"])
 def test_a_truncated_image_of_another_format(tmp_path: Path, form: str) -> None:
     raw = write_disk(tmp_path / "a.raw", 8 * MIB, [(0, noise(8 * MIB))])
@@ -550,6 +561,7 @@ def patch_vhd(image: Path, **fields: Any) -> None:
     image.write_bytes(content)
 
 
+@pytest.mark.guarantee(6, "a VHD or VMDK that is a difference, without its parent", "refused")
 @pytest.mark.parametrize("way", ["-f", "--image-opts", "below"])
 def test_a_vhd_that_holds_a_difference(tmp_path: Path, way: str) -> None:
     """QEMU takes it for a whole disk: its parent's name stands in a place that it never reads."""
@@ -565,6 +577,7 @@ def test_a_vhd_that_holds_a_difference(tmp_path: Path, way: str) -> None:
     assert_refused(run(*words), "a.vhd", "a differencing VHD")
 
 
+@pytest.mark.guarantee(6, "a VHD of which QEMU would not read all", "refused")
 @pytest.mark.parametrize("kind", ["dynamic", "fixed"])
 def test_a_vhd_of_which_qemu_would_not_read_the_end(tmp_path: Path, kind: str) -> None:
     """Of programs that it doesn't know, it takes a disk's size from cylinders and heads."""

@@ -187,6 +187,7 @@ def little_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (400 * MIB, 400 * MIB))
 
 
+@pytest.mark.guarantee(9, "hostile JSON", "refused in bounded time and memory")
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_end_soon(tmp_path: Path, bomb: str) -> None:
     raw = write_disk(tmp_path / "disk.raw", MIB)

@@ -192,6 +192,7 @@ BAD = {
 }
 
 
+@pytest.mark.guarantee(5, "nonsense in a layout", "refused, by its entry")
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("options", [[], ["--trust-layout"], OVERLAY], ids=["", "trust", "overlay"])
 def test_nonsense_is_refused_by_its_entry(dense: Path, case: str, options: List[str]) -> None:
@@ -262,6 +263,7 @@ def test_ovirt_imageio_names_zeros_and_dirty_extents(dense: Path) -> None:
         assert stream(dense, "--layout", "-", "--no-scan", stdin=text) == expected
 
 
+@pytest.mark.guarantee(8, "a dirty bitmap that looks like a map", "refused")
 def test_a_dirty_bitmap_in_the_disguise_of_a_map_is_refused(dense: Path) -> None:
     """As qemu-img map writes it where x-dirty-bitmap takes the place of block status."""
     extent = {

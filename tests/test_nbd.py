@@ -323,6 +323,7 @@ def test_errors_name_the_offset(tmp_path: Path, disk: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.guarantee(5, "an NBD server that dies", "exit 1, with the offset")
 @pytest.mark.parametrize("moment", ["scan", "copy"])
 def test_a_server_that_dies(moment: str, tmp_path: Path) -> None:
     """The offset is named, and nothing pads the image."""
@@ -472,6 +473,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.guarantee(5, "an NBD server that breaks the protocol", "exit 1, in one line")
 @pytest.mark.parametrize(("kind", "data", "words"), WRONG)
 def test_answers_that_are_wrong(kind: int, data: bytes, words: str, tmp_path: Path) -> None:
     answer = where(0, lambda rogue, request: rogue.chunk(request, kind, data))

@@ -438,6 +438,9 @@ def test_a_name_that_is_no_qcow2_image(tmp_path: Path) -> None:
     assert_refused(run("-f", "qcow2", "-"), "comes once", "qcow2", "file")
 
 
+@pytest.mark.guarantee(
+    9, "images with damaged metadata", "what QEMU reads, or exit 1; no traceback, no hang"
+)
 @pytest.mark.parametrize("options", FEATURES)
 def test_mutants(tmp_path: Path, options: str) -> None:
     """A bit or a byte of a header, table, descriptor or directory is another one.
@@ -492,6 +495,7 @@ def holding(image: Path, *options: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.guarantee(6, "a qcow2 image that a VM has open for writing", "refused")
 @pytest.mark.parametrize("member", ["top", "base"])
 def test_an_image_that_is_open_for_writing(tmp_path: Path, member: str) -> None:
     """In a VM or a daemon; its tables may change at any time, with --live too."""
@@ -518,6 +522,7 @@ def test_a_raw_file_below_may_be_open_for_writing(tmp_path: Path) -> None:
         assert exported(top) == noise(MIB)
 
 
+@pytest.mark.guarantee(6, "a member of a chain that changes", "exit 1")
 def test_a_member_that_changes_while_it_is_read(tmp_path: Path) -> None:
     base = qemu_io(make(tmp_path / "base.qcow2", 8 * MIB), "write -P 3 0 8M")
     top = qemu_io(make(tmp_path / "top.qcow2", 8 * MIB, over=base), "write -P 4 0 1M")

@@ -178,6 +178,7 @@ def test_under_every_python(packed: Path, raw: Path, python: str) -> None:
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL]
 
 
+@pytest.mark.guarantee(10, "any ending while QEMU reads", "no process, mount or folder stays")
 @pytest.mark.parametrize("signum", [*ENDINGS, signal.SIGPIPE])
 def test_no_ending_leaves_anything(packed: Path, signum: int, temporary: Path) -> None:
     program = start("-f", "vmdk", packed)
@@ -204,6 +205,7 @@ def test_an_error_leaves_nothing(packed: Path, tmp_path: Path, temporary: Path) 
     assert_nothing_left(temporary)
 
 
+@pytest.mark.guarantee(10, "SIGKILL at any moment", "the same")
 @pytest.mark.parametrize("share", range(4))
 def test_sudden_deaths(packed: Path, temporary: Path, share: int) -> None:
     """Fifteen of sixty, at moments from the start of Python to the midst of the copy."""
@@ -246,6 +248,7 @@ def test_two_signals_are_no_more_than_one(
         assert_nothing_left(temporary)
 
 
+@pytest.mark.guarantee(5, "a qemu-nbd that is killed", "exit 1")
 def test_a_qemu_nbd_that_dies(packed: Path, temporary: Path) -> None:
     program = start("-f", "vmdk", packed)
     program.stdout.read(100_000)
@@ -303,6 +306,9 @@ SOME = ENTRY % 0
 MAPS = ["", "[]", f"[{SOME}", f"[{SOME},", f"[{SOME}]", f"[{ENTRY % 65536}]", "[5]", "{}"]
 
 
+@pytest.mark.guarantee(
+    5, "a qemu-img that prints nonsense, or half", "exit 1 before the first byte"
+)
 @pytest.mark.parametrize("what, texts", [("info", INFOS), ("map", MAPS)])
 def test_a_qemu_img_that_prints_nonsense(tmp_path: Path, what: str, texts: List[str]) -> None:
     image = write(create(tmp_path / "a.vdi", "8M", form="vdi"), "write -P 1 0 8M", form="vdi")

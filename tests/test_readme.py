@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, NamedTuple
 
 import pytest
 from conftest import needs
-from support import judges
+from support import guarantees, judges
 from support.ceph import Cluster
 from support.disks import noise, write_disk
 from support.nbd import free_port, make_certificates
@@ -246,6 +246,7 @@ sys.exit(done.returncode or 1)
 """
 
 
+@pytest.mark.guarantee(5, "the failure of any program in a recipe", "the recipe fails")
 def test_no_recipe_hides_a_failure(desk: Callable[..., None], tmp_path: Path, url: str) -> None:
     """Each program that a recipe runs fails, in turn; what that leaves does no harm afterwards."""
     (tmp_path / "failing").mkdir()
@@ -303,3 +304,10 @@ def test_every_option_is_in_the_readme() -> None:
     assert len(options) > 15
     for option in options:
         assert f"`{option}" in README or f"{option} " in README, option
+
+
+def test_the_guarantees_are_those_of_the_tests() -> None:
+    """Stale? python tests/support/guarantees.py > tests/GUARANTEES.md"""
+    promises = re.findall(r"^\d+\. \*\*(.+?)\.\*\*", README, re.M)
+    assert promises == list(guarantees.PROMISES)
+    assert (ROOT / "tests" / "GUARANTEES.md").read_text() == guarantees.document()

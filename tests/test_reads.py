@@ -101,6 +101,7 @@ DISKS = {
 }
 
 
+@pytest.mark.guarantee(3, "another number of readers", "the same bytes")
 @pytest.mark.parametrize("disk", DISKS)
 def test_the_same_bytes_from_any_number_of_readers(tmp_path: Path, disk: str) -> None:
     raw = DISKS[disk].write(tmp_path / "disk.raw")
@@ -164,6 +165,7 @@ def test_a_far_source_where_nobody_tells_of_memory(
     assert stream(far.path, env=altered(tmp_path, code)) == stream(raw)
 
 
+@pytest.mark.guarantee(2, "a file system whose reads are short", "reads go on to their end")
 def test_short_reads_are_read_to_their_end(tmp_path: Path) -> None:
     # A FUSE file can't show this: the kernel takes a short answer for the file's end.
     raw = Recipe(3 * MIB, [(0, "every4096", 2 * MIB)]).write(tmp_path / "disk.raw")
@@ -235,6 +237,7 @@ def peak_memory(*arguments: str) -> int:
     return int(subprocess.check_output(["python3", "-c", code, *words], timeout=TIMEOUT))
 
 
+@pytest.mark.guarantee(9, "the worst map that a disk can have", "a few bits per cluster")
 def test_memory_is_bounded_on_a_worst_case_map(tmp_path: Path) -> None:
     small = write_disk(tmp_path / "small.raw", 512)
     raw = Recipe(256 * MIB, [(0, "every512", 256 * MIB)]).write(tmp_path / "disk.raw")
@@ -301,6 +304,11 @@ SYSTEMS = {
 }
 
 
+@pytest.mark.guarantee(
+    3,
+    "a system or a Python without holes, sendfile, preadv, advice or threads",
+    "slower, the same bytes",
+)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_same_bytes_from_a_system_that(tmp_path: Path, system: str) -> None:
     poor = altered(tmp_path, SYSTEMS[system])

@@ -124,6 +124,9 @@ def test_an_output_that_keeps_packets_apart(disk: Path, kind: str) -> None:
     assert_refused(Result(done.returncode, b"", done.stderr), "packets")
 
 
+@pytest.mark.guarantee(
+    7, "an output that is the input, by link, loop device, partition or mapping", "refused"
+)
 @pytest.mark.parametrize("link", ["same", "symlink", "hardlink"])
 @pytest.mark.parametrize("mode", ["r+b", "ab"])
 def test_an_output_that_is_the_input(disk: Path, link: str, mode: str) -> None:
@@ -254,6 +257,9 @@ def test_an_output_of_which_just_now_nobody_can_say_what_lies_on_it(
     assert image.read_bytes() == before
 
 
+@pytest.mark.guarantee(
+    7, "an output in a file system that lies on the input, or the other way round", "refused"
+)
 @pytest.mark.parametrize("below", ["device", "file-system"])
 def test_an_output_on_the_other_side_of_a_file_system(
     mounted: Tuple[str, Path], tmp_path: Path, below: str
@@ -281,6 +287,7 @@ def test_an_output_on_the_other_side_of_a_file_system(
         subprocess.run(command(disk), stdout=out, check=True)
 
 
+@pytest.mark.guarantee(7, "an output device that is mounted, or part of a volume", "refused")
 def test_an_output_that_is_mounted(mounted: Tuple[str, Path], disk: Path, tmp_path: Path) -> None:
     """Nothing that is read lies on it, but somebody's files do."""
     device, _ = mounted
@@ -375,6 +382,9 @@ def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) ->
         assert_refused(run(*options[:4], other, *options[5:]), "add --diff-format qcow2")
 
 
+@pytest.mark.guarantee(
+    8, "a BASE that looks like a qcow2 backing file, without `--diff-format`", "refused"
+)
 def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> None:
     """The image goes into a pipe, and nothing else tells that BASE is meant to be its content."""
     monday = tmp_path / "monday.qcow2"
@@ -385,6 +395,9 @@ def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> 
     stream(*options, "--diff-format", "qcow2")
 
 
+@pytest.mark.guarantee(
+    8, "a raw disk that begins as a qcow2 image does", "it is wrapped, with a warning"
+)
 def test_a_qcow2_image_that_is_wrapped(disk: Path, tmp_path: Path) -> None:
     """A format is never guessed, but who forgot -f sees it at once."""
     image = tmp_path / "guest.qcow2"
@@ -411,6 +424,7 @@ def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
     assert_refused(run(*options), "add --diff-format")
 
 
+@pytest.mark.guarantee(7, "an output that is the image's own backing file", "refused")
 @pytest.mark.parametrize("name", ["monday.qcow2", "ABSOLUTE"])
 def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name: str) -> None:
     monday = tmp_path / "monday.qcow2"
@@ -494,6 +508,7 @@ def test_a_backing_file_of_a_run_that_broke_off_is_warned_of(
         assert_warned(run(disk, *options, stdin=b"[]"), "monday.qcow2")
 
 
+@pytest.mark.guarantee(8, "a backing file's name that QEMU would take for an address", "refused")
 def test_a_backing_file_with_a_colon(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "a:b.raw").write_bytes(disk.read_bytes())
     options = [str(disk), "--diff", str(copied(disk)), "-F", "raw", "-b"]

@@ -202,6 +202,7 @@ def test_a_sector_of_a_qcow2_image(tmp_path: Path, fuse_disk: FuseMaker) -> None
     assert content(result.stdout) == without(judged(image), lost)
 
 
+@pytest.mark.guarantee(5, "bad sectors, with `--salvage`", "zeros, each range named, exit 3")
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_a_compressed_cluster_is_lost_as_a_whole(
     tmp_path: Path, fuse_disk: FuseMaker, kind: str
@@ -257,6 +258,7 @@ def stored(image: bytes) -> Tuple[List[int], List[int]]:
 LOST = (128 * KIB, 64 * KIB)  # the third cluster
 
 
+@pytest.mark.guarantee(5, "the same in an overlay", "explicit zeros, never the old data")
 @pytest.mark.parametrize("how", ["--diff", "--layout", "--bitmap"])
 @pytest.mark.parametrize("compat", ["1.1", "0.10"])
 def test_what_is_lost_hides_the_backing_file(

@@ -33,6 +33,11 @@ def test_into_a_file(disk: Path, image: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == image
 
 
+@pytest.mark.guarantee(
+    1,
+    "an output opened for appending, which takes no sendfile",
+    "the image is appended, to the byte",
+)
 def test_into_a_file_opened_for_appending(disk: Path, image: bytes, tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"before")
     with open(tmp_path / "out", "ab") as out:
@@ -75,6 +80,9 @@ def channel(request: pytest.FixtureRequest) -> Iterator[Any]:
     writer.close()
 
 
+@pytest.mark.guarantee(
+    1, "a slow consumer, or a descriptor that does not block", "every byte arrives, in order"
+)
 @pytest.mark.parametrize("blocking", [True, False])
 def test_into_a_slow_consumer(
     disk: Path,

@@ -278,6 +278,7 @@ def test_a_map_without_its_info(tmp_path: Path) -> None:
     assert imported(image).over() == vdi.raw.read_bytes()
 
 
+@pytest.mark.guarantee(2, "a map of XAPI's that does not cover the disk", "it is not believed")
 def test_a_map_that_does_not_tell_of_all_is_not_believed(tmp_path: Path) -> None:
     vdi = make_vdi(tmp_path, "disk", 4 * MIB, [*WRITES[:3], "write -P 8 3M 64k"], 65536)
     entries = json.loads(vdi.map)
@@ -286,6 +287,9 @@ def test_a_map_that_does_not_tell_of_all_is_not_believed(tmp_path: Path) -> None
         assert imported(export(partial)).over() == vdi.raw.read_bytes()
 
 
+@pytest.mark.guarantee(
+    1, "a socket whose reader pauses", "every byte arrives, or it ends by SIGPIPE"
+)
 def test_a_consumer_that_leaves_its_socket_unread(tmp_path: Path) -> None:
     raw = tmp_path / "disk.raw"
     raw.write_bytes(noise(1024))
