@@ -17,9 +17,8 @@ HEAD = """\
 # Guarantees
 
 What the program does when something goes wrong, by the [ten promises](../README.md#ten-promises),
-and the test that
-shows it. This file is made from the tests' markers: `python tests/support/guarantees.py >
-tests/GUARANTEES.md`.
+and the test that shows it. Made from the tests' markers:
+`python tests/support/guarantees.py > tests/GUARANTEES.md`.
 """
 
 TAIL = """
