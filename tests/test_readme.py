@@ -14,10 +14,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import pytest
 from conftest import needs
@@ -108,8 +109,8 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     qemu-img bitmap --add guest.qcow2 since-monday
     secret="--object secret,id=s,file=key"
     qemu-img create -q $secret -f qcow2 \
-      -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 locked.qcow2 8M
-    qemu-img create -q $secret -f luks -o key-secret=s,iter-time=10 luks.new 1M
+      -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 locked.qcow2 8M
+    qemu-img create -q $secret -f luks -o key-secret=s,iter-time=100 luks.new 1M
     dd if=luks.new of=luks.disk conv=notrunc status=none
     thin_restore -q -i pool.xml -o pool_tmeta
     restic init
@@ -219,6 +220,113 @@ def test_the_commands_for_nbd_servers(desk: Callable[..., None], tmp_path: Path)
     judges.qemu_compare(tmp_path / "vm.disk", tmp_path / "over-tls.qcow2")
 
 
+TABLE = README.split("## Which command do I need?")[1].split("\n\n**")[0]
+ROWS = [row.replace("\\|", "|") for row in re.findall(r"\| `(.*)` \|$", TABLE, re.MULTILINE)]
+
+
+def test_each_row_of_the_table(desk: Callable[..., None], tmp_path: Path) -> None:
+    """Which command do I need? What a row writes is what it promises."""
+    assert len(ROWS) >= 14
+    certificates = make_certificates(tmp_path / "pki")
+    port = free_port()
+    desk("qcow2_to_stdout.py /dev/vg/monday > monday.qcow2; qemu-img snapshot -c clean guest.qcow2;"
+         "qemu-io -c 'write -P 7 2M 64k' -c 'write -z 9M 64k' guest.qcow2 > /dev/null")  # fmt: skip
+    server = ["nbdkit", "--foreground", f"--port={port}", "--ipaddr=127.0.0.1", "--tls=require",
+              f"--tls-certificates={certificates}", "file", "disk.raw"]  # fmt: skip
+    with subprocess.Popen(server, cwd=tmp_path) as process:
+        try:
+            while not is_listening(port):
+                assert process.poll() is None
+                time.sleep(0.05)
+            for row in ROWS:
+                desk(f"set -o pipefail; {row}".replace("localhost/", f"localhost:{port}/"))
+                for name, same in (("tuesday", "guest"), ("flat", "today"), ("diff", "today"),
+                                   ("since", "guest"), ("clean", "monday")):  # fmt: skip
+                    if f"> {name}.qcow2" in row:
+                        desk(f"qemu-img check -q {name}.qcow2 && "
+                             f"qemu-img compare -q {name}.qcow2 {same}.qcow2")  # fmt: skip
+                for image in ("vm.qcow2", "disk.qcow2", "there/vm.qcow2"):
+                    if f"> {Path(image).name}" in row and (tmp_path / image).exists():
+                        judges.qemu_compare(tmp_path / "vm.disk", tmp_path / image)
+        finally:
+            process.terminate()
+    desk("qemu-img compare -q -f raw -F qcow2 /dev/vg/restored guest.qcow2")
+
+
+def virsh_of_nobody(folder: Path, script: Path) -> None:
+    """A virsh whose libvirt is a session of nobody, with all that it has in one folder."""
+    folder.chmod(0o777)
+    (folder / "run").mkdir()
+    (folder / "run").chmod(0o777)
+    names = {"HOME": "", "XDG_RUNTIME_DIR": "run", "XDG_CACHE_HOME": "c", "XDG_CONFIG_HOME": "g"}
+    env = " ".join(f"{name}={folder / value}" for name, value in names.items())
+    nobody = f"setpriv --reuid=65534 --regid=65534 --clear-groups env {env}"
+    script.write_text(
+        f"#!/bin/sh\ncp *.xml {folder}; cd {folder}; exec {nobody} "
+        f'{shutil.which("virsh")} --quiet --connect qemu:///session "$@"\n'
+    )
+    script.chmod(0o755)
+
+
+DOMAIN = """<domain type='qemu'><name>vm</name><memory unit='MiB'>64</memory><os>
+<type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'>
+<driver name='qemu' type='qcow2'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>
+</devices></domain>"""
+
+
+@pytest.fixture
+def libvirt(tmp_path: Path) -> Iterator[Path]:
+    """A folder where libvirt runs, ended with its test."""
+    needs(os.geteuid() == 0 and shutil.which("virsh") is not None, "root and virsh")
+    needs(shutil.which("qemu-system-x86_64") is not None, "qemu-system-x86_64")
+    folder = Path(tempfile.mkdtemp(prefix="libvirt"))  # its sockets have names of 107 bytes
+    try:
+        yield folder
+    finally:
+        subprocess.run(
+            ["virsh", "destroy", "vm"],
+            check=False,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+        )
+        for file in folder.glob("run/libvirt/*.pid"):
+            os.kill(int(file.read_text()), 15)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_commands_for_libvirt(desk: Callable[..., None], libvirt: Path, tmp_path: Path) -> None:
+    """Two nights of a guest that runs on, as the README has them."""
+    virsh_of_nobody(libvirt, tmp_path / "bin" / "virsh")
+    backup, checkpoint = re.findall(r"```xml\n(.*?)```", README, re.DOTALL)
+    (block,) = noted("libvirt")
+
+    def there(text: str) -> str:
+        return text.replace("/var/tmp", str(libvirt))
+
+    first = re.sub(r" *<incremental>.*\n", "", backup)
+    for name, text in (("backup", backup), ("tuesday", checkpoint), ("first", first),
+                       ("monday", checkpoint.replace("tuesday", "monday"))):  # fmt: skip
+        (tmp_path / f"{name}.xml").write_text(there(text))
+    disk = libvirt / "vm.qcow2"
+    shutil.copy(tmp_path / "guest.qcow2", disk)
+    disk.chmod(0o666)
+    (libvirt / "vm.xml").write_text(DOMAIN.format(disk))
+    write = ("virsh qemu-monitor-command vm --hmp 'qemu-io -d "
+             "/machine/peripheral/virtio-disk0/virtio-backend \"write -P {} {} 64k\"'")  # fmt: skip
+    full = "qcow2_to_stdout.py 'nbd+unix:///vda?socket=/var/tmp/vm.sock' > monday.qcow2"
+    desk(there("virsh create /var/tmp/vm.xml && virsh backup-begin vm first.xml monday.xml"))
+    desk(there(full))
+    desk(f"virsh domjobabort vm && {write.format(7, '5M')}")
+    desk(there(block.text))
+    desk(f"{write.format(8, '6M')}; virsh domjobabort vm; virsh destroy vm; "
+         "restic dump latest tuesday.qcow2 > tuesday.qcow2; qemu-img check -q tuesday.qcow2 && "
+         "qemu-io -r -c 'read -P 7 5M 64k' tuesday.qcow2 | grep -v 'verification failed' && "
+         f"qemu-io -c 'write -z 6M 64k' {disk} && "
+         f"qemu-img compare tuesday.qcow2 {disk}")  # fmt: skip
+    extents = subprocess.check_output(["qemu-img", "map", str(tmp_path / "tuesday.qcow2")])
+    assert extents.count(b"tuesday.qcow2") == 1
+
+
 @pytest.mark.xdist_group("ceph")
 def test_the_commands_for_ceph(desk: Callable[..., None], ceph: Cluster, tmp_path: Path) -> None:
     first, second, *others = noted("ceph")
@@ -304,6 +412,24 @@ def test_every_option_is_in_the_readme() -> None:
     assert len(options) > 15
     for option in options:
         assert f"`{option}" in README or f"{option} " in README, option
+
+
+def anchors(text: str) -> List[str]:
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_lines_are_short_and_links_lead_somewhere() -> None:
+    for name in ("README.md", "tests/RECIPES.md", "tests/GUARANTEES.md"):
+        text = (ROOT / name).read_text()
+        for line in text.splitlines():
+            assert len(line) <= 120 or line.startswith("|"), line
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for target in re.findall(r"\]\((?!http)([^)]*)\)", prose):
+            file, _, anchor = target.partition("#")
+            other = (ROOT / name).parent / file if file else ROOT / name
+            assert other.exists(), target
+            assert not anchor or anchor in anchors(other.read_text()), target
 
 
 def test_the_guarantees_are_those_of_the_tests() -> None:
