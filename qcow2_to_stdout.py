@@ -2466,6 +2466,7 @@ FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is 
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
+MANY_EXTENTS = 256  # of a share: each is too small to be worth a thread's switch
 AHEAD_ITEMS = 2  # items for each reader: one at work, one that waits for it
 INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
 _UNKNOWN = b"\2"  # of a cluster, while it is being looked at
@@ -2503,22 +2504,31 @@ class ClusterMap:
 
     def append(self, state: int, count: int) -> None:
         """Add `count` clusters, all of one state."""
-        one = bytes((state,))
-        head = min(count, -len(self._open) % self.page_clusters)  # what the open page lacks
-        self.extend(one * head)
-        pages, rest = divmod(count - head, self.page_clusters)
-        self._kinds += one * pages
-        self._open += one * rest
         if state == DATA:
-            self.data_clusters += count - head
+            self.data_clusters += count
+        one = bytes((state,))
+        lacking = self.page_clusters - len(self._open)
+        if count >= lacking:
+            self._open += one * lacking
+            self._close_pages()
+            pages, count = divmod(count - lacking, self.page_clusters)
+            self._kinds += one * pages
+        self._open += one * count
 
     def extend(self, states: bytes, sizes: Iterable[int] = ()) -> None:
         """Add clusters by their states, a byte for each, and the sizes of the COMPRESSED ones."""
-        import zlib
-
         self.sizes.extend(sizes)
         self.data_clusters += states.count(DATA)
         self._open += states
+        self._close_pages()
+
+    def finish(self) -> None:
+        """Fill the last page: nothing lies past the end of the disk."""
+        self.append(UNALLOCATED, -len(self._open) % self.page_clusters)
+
+    def _close_pages(self) -> None:
+        import zlib
+
         while len(self._open) >= self.page_clusters:
             page = bytes(self._open[: self.page_clusters])
             del self._open[: self.page_clusters]
@@ -2527,10 +2537,6 @@ class ClusterMap:
                 kind = _MIXED
                 self._packed[len(self._kinds)] = zlib.compress(page, 1)
             self._kinds.append(kind)
-
-    def finish(self) -> None:
-        """Fill the last page: nothing lies past the end of the disk."""
-        self.append(UNALLOCATED, -len(self._open) % self.page_clusters)
 
     def pages(self) -> Iterator[Tuple[int, int, bytes]]:
         """(first cluster, count of clusters, states): runs of equal pages, and mixed pages.
@@ -2613,8 +2619,13 @@ def sweep(end: int, *rows: Iterable[Any], start: int = 0) -> Iterator[Tuple[int,
     current = [next(iterator, _PAST) for iterator in iterators]
     position = start
     while position < end:
-        items = [item if item[0] <= position else None for item in current]
-        limit = min([end] + [item[1] if item[0] <= position else item[0] for item in current])
+        items = []
+        limit = end
+        for item in current:
+            is_here = item[0] <= position
+            items.append(item if is_here else None)
+            border = item[1] if is_here else item[0]
+            limit = min(limit, border)
         yield position, limit, items
         position = limit
         for row, item in enumerate(current):
@@ -2684,14 +2695,18 @@ class ReadPolicy:
                 device = os.fstat(file.fd).st_dev
                 self.reads_all |= not os.major(device) and file_system(device).startswith("fuse")
 
-    @property
-    def is_quick(self) -> bool:
-        """Whether the next share is but a few small reads from memory.
+    def is_quick(self, batch: Sequence["Step"]) -> bool:
+        """Whether a share is but small reads from memory.
 
         These hand Python's lock from thread to thread with each call: four readers would take
         twice the time of one.
         """
-        return self.expects_data and not self.is_cold
+        if self.is_cold or any(step.packer for step in batch):
+            return False
+        extents = sum(len(step.ours) + len(step.theirs) for step in batch)
+        return extents > MANY_EXTENTS or (
+            self.expects_data and not any(step.theirs for step in batch)
+        )
 
     @property
     def looks_at_heads(self) -> bool:
@@ -3255,8 +3270,7 @@ def fill_map(
 
     def jobs() -> Iterator[Job]:
         for batch in batches(steps, policy.share_size):
-            is_quick = policy.is_quick and not any(step.theirs or step.packer for step in batch)
-            yield None, 0, functools.partial(examine, batch), is_quick
+            yield None, 0, functools.partial(examine, batch), policy.is_quick(batch)
 
     for _, results in readers.in_order(jobs(), AHEAD_ITEMS * readers.count, MAX_SIZE):
         for count, states in results:
