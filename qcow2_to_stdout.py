@@ -2456,13 +2456,12 @@ def open_with_qemu(
 # ---------------------------------------------------------------------------------------------
 
 UNALLOCATED, DATA, ZERO, COMPRESSED = 0, 1, 2, 3  # what a cluster can be
-_MIXED = 4  # only of a page: its clusters differ
 
 MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has more
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
 SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
-FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
+FIRST_SHARE_SIZE = 256 << 10  # bytes; the next ones are larger
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
@@ -2478,7 +2477,7 @@ class ClusterMap:
     """The state of every guest cluster, packed; append-only, in guest order.
 
     The map is kept in pages, each the reach of one or more whole L2 tables. A page of one
-    state takes one byte; any other is deflated, to three bits for each cluster at most.
+    state is that state's byte; any other is deflated, to three bits a cluster at most.
 
     cluster_count   guest clusters of the disk
     table_entries   clusters in the reach of one L2 table
@@ -2494,13 +2493,12 @@ class ClusterMap:
         self.page_clusters = align_up(MAP_PAGE, table_entries)
         self.data_clusters = 0
         self.sizes = array(typecode)
-        self._kinds = bytearray()  # of each page: its one state, or _MIXED
-        self._packed = {}  # type: Dict[int, bytes]  # the states of mixed pages
+        self._pages = []  # type: List[bytes]
         self._open = bytearray()  # a byte for each cluster of the page that is being filled
 
     def __len__(self) -> int:
         """How many clusters are known."""
-        return len(self._kinds) * self.page_clusters + len(self._open)
+        return len(self._pages) * self.page_clusters + len(self._open)
 
     def append(self, state: int, count: int) -> None:
         """Add `count` clusters, all of one state."""
@@ -2512,7 +2510,7 @@ class ClusterMap:
             self._open += one * lacking
             self._close_pages()
             pages, count = divmod(count - lacking, self.page_clusters)
-            self._kinds += one * pages
+            self._pages += [one] * pages
         self._open += one * count
 
     def extend(self, states: bytes, sizes: Iterable[int] = ()) -> None:
@@ -2532,25 +2530,26 @@ class ClusterMap:
         while len(self._open) >= self.page_clusters:
             page = bytes(self._open[: self.page_clusters])
             del self._open[: self.page_clusters]
-            kind = page[0]
-            if page.count(kind) < self.page_clusters:
-                kind = _MIXED
-                self._packed[len(self._kinds)] = zlib.compress(page, 1)
-            self._kinds.append(kind)
+            is_mixed = page.count(page[0]) < len(page)
+            self._pages.append(zlib.compress(page, 1) if is_mixed else page[:1])
 
     def pages(self) -> Iterator[Tuple[int, int, bytes]]:
         """(first cluster, count of clusters, states): runs of equal pages, and mixed pages.
 
-        states is one byte for all of the run, or a byte for each cluster of a mixed page.
+        states is one byte for all of a run, or a byte for each cluster of a mixed page.
         """
         import zlib
 
-        for run in _PAGE_RUN.finditer(self._kinds):
-            first, last = run.span()
-            states = bytes(run.group()[:1])
-            if states[0] == _MIXED:
-                states = zlib.decompress(self._packed[first])
-            yield first * self.page_clusters, (last - first) * self.page_clusters, states
+        first = 0
+        for page, run in itertools.groupby(self._pages):
+            count = sum(self.page_clusters for _ in run)
+            if len(page) == 1:
+                yield first, count, page
+            else:
+                states = zlib.decompress(page)
+                for each in range(first, first + count, self.page_clusters):
+                    yield each, self.page_clusters, states
+            first += count
 
     def tables_in_use(self) -> Iterator[Tuple[int, bool]]:
         """(count of L2 tables, whether the file has them), in guest order.
@@ -2599,9 +2598,6 @@ def data_pattern(short: int, gap: int) -> Any:
     return re.compile(
         b"\x01{%d,}|\x01+(?:[^\x01]{1,%d}\x01{1,%d}(?!\x01))*" % (short, gap, short - 1)
     )
-
-
-_PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03+|\x04")
 
 
 def cluster_runs(ranges: Iterable[Sequence[Any]], cluster_size: int) -> Iterator[Range]:
@@ -2673,16 +2669,16 @@ class ReadPolicy:
     is_cold         the first read was not in memory: what must be read is asked for ahead
     reads_all       it is to be read from the start to the end, as a program that serves files
                     (FUSE) likes it, if memory keeps them for the copy
-    share_size      bytes of a reader's share, at most
+    share_size      bytes of a reader's share: small while nothing is known yet
     """
 
-    def __init__(self, reads_all: bool = False, share_size: int = SHARE_SIZE) -> None:
+    def __init__(self, reads_all: bool = False, max_share_size: int = SHARE_SIZE) -> None:
         self.expects_data = True
         self.is_cold = False
         self.reads_all = reads_all
-        self.share_size = share_size
+        self.share_size = FIRST_SHARE_SIZE // 2
+        self._max_share_size = max_share_size
         self._is_new = True
-        self._window = FIRST_SHARE_SIZE
 
     def look_at(self, extents: Sequence[Extent]) -> None:
         """See what kind of source it is, by its first extent."""
@@ -2692,8 +2688,7 @@ class ReadPolicy:
             file = file.file if stored else file
             self.is_cold = not file.is_cached(offset)
             if self.is_cold and isinstance(file, DiskFile) and file.size < available_memory() // 2:
-                device = os.fstat(file.fd).st_dev
-                self.reads_all |= not os.major(device) and file_system(device).startswith("fuse")
+                self.reads_all |= is_fuse(os.fstat(file.fd).st_dev)
 
     def is_quick(self, batch: Sequence["Step"]) -> bool:
         """Whether a share is but small reads from memory.
@@ -2722,22 +2717,19 @@ class ReadPolicy:
         if clusters:
             self.expects_data = zeros <= clusters * (0.5 if self.is_cold else 0.25)
 
-    def next_window(self) -> int:
+    def next_share(self) -> int:
         """Bytes of guest addresses that one step may span."""
-        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE, self.share_size)
-        self._window = 2 * window
-        return window
+        most = COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE
+        self.share_size = min(2 * self.share_size, most, self._max_share_size)
+        return self.share_size
 
 
-def file_system(device: int) -> str:
-    """The kind of the file system with this number, such as "ext4"; empty if nothing says."""
-    number = f"{os.major(device)}:{os.minor(device)}".encode("ascii")
+def is_fuse(device: int) -> bool:
+    """Whether a program serves the file system with this number, as far as Linux says."""
+    place = f"^[0-9]+ [0-9]+ {os.major(device)}:{os.minor(device)} .* - fuse"
     with ignore_unavailable(), open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            about_place, _, about_kind = line.partition(b" - ")
-            if about_place.split()[2] == number:
-                return about_kind.split()[0].decode("latin-1")
-    return ""
+        return re.search(place.encode("ascii"), mounts.read(), re.MULTILINE) is not None
+    return False
 
 
 def available_memory() -> int:
@@ -2867,27 +2859,19 @@ class Step(NamedTuple):
     packer: Optional["Packer"] = None
 
 
-class Probe:
+class Probe(NamedTuple):
     """Finds out what clusters are by reading them.
 
-    disks   the disk, and perhaps a base: what is equal there is unallocated
-    zeros   the state of a cluster that counts and is all zeros
-    trusted what only one of both disks stores differs, without looking
+    disks       the disk, and perhaps a base: what is equal there is unallocated
+    zeros       the state of a cluster that counts and is all zeros
+    is_trusted  what only one of both disks stores differs, without looking
     """
 
-    def __init__(
-        self,
-        cluster_size: int,
-        disks: Sequence[Source],
-        zeros: int,
-        policy: ReadPolicy,
-        trusted: bool = False,
-    ) -> None:
-        self.cluster_size = cluster_size
-        self.disks = disks
-        self.policy = policy
-        self._zeros = bytes((zeros,))
-        self._trusted = trusted
+    cluster_size: int
+    disks: Sequence[Source]
+    zeros: int
+    policy: ReadPolicy
+    is_trusted: bool = False
 
     def ask_ahead(self, step: Step) -> None:
         """Have the kernel fetch what is read next, so that it need not wait for each read."""
@@ -2906,9 +2890,8 @@ class Probe:
         """The states of a step's clusters, a byte for each."""
         first, end = step.first, step.end
         if len(self.disks) == 1:
-            return self._look(self.disks[0], first, end, step.ours, scratch).replace(
-                b"\0", self._zeros
-            )
+            states = self._look(self.disks[0], first, end, step.ours, scratch)
+            return states.replace(b"\0", bytes((self.zeros,)))
         states = self._differences(step, scratch)
         size = self.cluster_size
         if self._is_damaged(first * size, end * size):  # what can't be read differs from anything
@@ -2916,7 +2899,7 @@ class Probe:
                 if not states[at - first] and self._is_damaged(at * size, (at + 1) * size):
                     ours = Cutter(step.ours).take(at * size, (at + 1) * size)
                     has_data = self._look(self.disks[0], at, at + 1, ours, scratch)[0]
-                    states[at - first] = DATA if has_data else self._zeros[0]
+                    states[at - first] = DATA if has_data else self.zeros
         return states
 
     def _is_damaged(self, start: int, end: int) -> bool:
@@ -2991,14 +2974,14 @@ class Probe:
             side = sides[run.start()]
             if side == 3:
                 found = self._compare(low, high, rows)
-            elif self._trusted:
+            elif self.is_trusted:
                 found = bytearray(b"\1") * (high - low)
             else:
                 disk, extents, _ = rows[side - 1]
                 here = extents.take(low * size, high * size)
                 found = self._look(disk, low, high, here, scratch)
             if side == 2:
-                found = found.replace(b"\1", self._zeros)
+                found = found.replace(b"\1", bytes((self.zeros,)))
             states[run.start() : run.end()] = found
         return states
 
@@ -3014,7 +2997,7 @@ class Probe:
                 if mine.startswith(yours[at : at + size], at):
                     states.append(UNALLOCATED)
                 else:
-                    states += self._zeros if mine.startswith(blank, at) else b"\1"
+                    states.append(self.zeros if mine.startswith(blank, at) else DATA)
         return states
 
 
@@ -3027,9 +3010,8 @@ def shifted(extents: Iterable[Extent]) -> Iterator[Tuple[Any, ...]]:
 def touched(ranges: Iterable[Sequence[Any]], first: int, end: int, cluster_size: int) -> bytearray:
     """Of each cluster from first to end: 1 if one of these byte ranges lies in it, else 0."""
     flags = bytearray(end - first)
-    for each in ranges:
-        low, high = each[0] // cluster_size - first, -(-each[1] // cluster_size) - first
-        flags[low:high] = b"\1" * (high - low)
+    for low, high in cluster_runs(ranges, cluster_size):
+        flags[low - first : high - first] = b"\1" * (high - low)
     return flags
 
 
@@ -3053,7 +3035,7 @@ def probed_steps(named: Iterable[Range], zeros: int, size: int, probe: Probe) ->
             if position < stop:
                 yield Step(position, stop, zeros)
             else:
-                stop = min(end, position + max(1, policy.next_window() // unit))
+                stop = min(end, position + max(1, policy.next_share() // unit))
                 reach = position * unit, min(stop * unit, size)
                 ours = rows[0].take(*reach)
                 theirs = rows[1].take(*reach) if len(rows) > 1 else ()
@@ -3265,14 +3247,9 @@ def fill_map(
 ) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
     policy = readers.policy
-    if packer is not None:
-        steps = packer.steps(steps)
-
-    def jobs() -> Iterator[Job]:
-        for batch in batches(steps, policy.share_size):
-            yield None, 0, functools.partial(examine, batch), policy.is_quick(batch)
-
-    for _, results in readers.in_order(jobs(), AHEAD_ITEMS * readers.count, MAX_SIZE):
+    shares = batches(steps if packer is None else packer.steps(steps), policy)
+    jobs = ((None, 0, functools.partial(examine, each), policy.is_quick(each)) for each in shares)
+    for _, results in readers.in_order(jobs, AHEAD_ITEMS * readers.count, MAX_SIZE):
         for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
@@ -3284,7 +3261,7 @@ def fill_map(
     cluster_map.finish()
 
 
-def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
+def examine(batch: Sequence[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
     """Take some steps: (count of clusters, their one state or a byte for each, or Packed)."""
     results = []
     for step in batch:
@@ -3299,21 +3276,18 @@ def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
     return results
 
 
-def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
+def batches(steps: Iterable[Step], policy: ReadPolicy) -> Iterator[List[Step]]:
     """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
     batch = []  # type: List[Step]
-    left = share_size
-    number = 0
+    size = 0
     for step in steps:
         batch.append(step)
         worker = step.probe or step.packer
         if worker is not None:
-            number += 1
-            left -= (step.end - step.first) * worker.cluster_size
-        # The first ones are small because nothing is known yet: they are batches themselves.
-        if left <= 0 or len(batch) >= BATCH_STEPS or (worker and number <= INLINE_ITEMS):
+            size += (step.end - step.first) * worker.cluster_size
+        if size >= policy.share_size or len(batch) >= BATCH_STEPS:
             yield batch
-            batch, left = [], share_size
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -4064,7 +4038,7 @@ class OutputGuard:
         if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
             output.can_sendfile = False
         is_appended = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
-        if self._is_device or not file_system(status.st_dev).startswith("fuse"):
+        if self._is_device or not is_fuse(status.st_dev):
             # A file system that is a program may show nothing until all is there.
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self._fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
