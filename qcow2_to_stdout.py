@@ -2620,8 +2620,7 @@ def sweep(end: int, *rows: Iterable[Any], start: int = 0) -> Iterator[Tuple[int,
         for item in current:
             is_here = item[0] <= position
             items.append(item if is_here else None)
-            border = item[1] if is_here else item[0]
-            limit = min(limit, border)
+            limit = min(limit, item[1] if is_here else item[0])
         yield position, limit, items
         position = limit
         for row, item in enumerate(current):
@@ -2666,7 +2665,8 @@ class ReadPolicy:
     """How the next reads are best made, from what the last ones were like.
 
     expects_data    so many clusters were data that the first bytes of each are looked at first
-    is_cold         the first read was not in memory: what must be read is asked for ahead
+    is_cold         the first read was not in memory: what must be read is asked for ahead (None:
+                    nothing is known yet)
     reads_all       it is to be read from the start to the end, as a program that serves files
                     (FUSE) likes it, if memory keeps them for the copy
     share_size      bytes of a reader's share: small while nothing is known yet
@@ -2674,16 +2674,14 @@ class ReadPolicy:
 
     def __init__(self, reads_all: bool = False, max_share_size: int = SHARE_SIZE) -> None:
         self.expects_data = True
-        self.is_cold = False
+        self.is_cold = None  # type: Optional[bool]
         self.reads_all = reads_all
         self.share_size = FIRST_SHARE_SIZE // 2
         self._max_share_size = max_share_size
-        self._is_new = True
 
     def look_at(self, extents: Sequence[Extent]) -> None:
         """See what kind of source it is, by its first extent."""
-        if self._is_new and extents:
-            self._is_new = False
+        if self.is_cold is None and extents:
             file, offset, stored = extents[0][2:]
             file = file.file if stored else file
             self.is_cold = not file.is_cached(offset)
@@ -2698,10 +2696,9 @@ class ReadPolicy:
         """
         if self.is_cold or any(step.packer for step in batch):
             return False
-        extents = sum(len(step.ours) + len(step.theirs) for step in batch)
-        return extents > MANY_EXTENTS or (
-            self.expects_data and not any(step.theirs for step in batch)
-        )
+        if sum(len(step.ours) + len(step.theirs) for step in batch) > MANY_EXTENTS:
+            return True
+        return self.expects_data and not any(step.theirs for step in batch)
 
     @property
     def looks_at_heads(self) -> bool:
@@ -2757,9 +2754,8 @@ Job = Tuple[Any, int, Optional[Callable[[Scratch], Any]], bool]
 class Readers:
     """A few threads that read, inflate and compress: system calls and zlib let each other run.
 
-    Two or three of them overlap the latency of a disk or the network, and use more than one
-    core where all is in memory already. Started when there is work for them; they never keep
-    the program alive.
+    Two or three of them overlap the latency of a disk or the network, and use more than one core
+    where all is in memory. Started when there is work; they never keep the program alive.
     """
 
     def __init__(self, count: int, policy: ReadPolicy, cluster_size: int) -> None:
@@ -2774,8 +2770,6 @@ class Readers:
         """(item, result) of each job, in order, while the next ones are at work already.
 
         items, size     how many jobs, and of how many bytes, may wait to be handed out
-
-        Raises what a reader raised.
         """
         pending = collections.deque()  # type: collections.deque[Tuple[Any, int, Any]]
         waiting = 0
@@ -2783,7 +2777,7 @@ class Readers:
             # A small disk is read before a thread has started.
             is_first = number < INLINE_ITEMS and not self.policy.is_cold
             if work is None:
-                result = None  # type: Any
+                result = None, None  # type: Any
             elif is_quick or is_first or self.count == 1:
                 result = work(self._scratch), None
             else:
@@ -2799,8 +2793,6 @@ class Readers:
 
     @staticmethod
     def _wait_for(result: Any) -> Any:
-        if result is None:
-            return None
         value, error = result if isinstance(result, tuple) else result.get()
         if error is not None:
             raise error
@@ -3067,13 +3059,11 @@ def believed_steps(
         (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
         for start, end in joined(zeros)
     )
-    whole = ((start, end) for start, end in known if start < end)
+    whole = (each for each in known if each[0] < each[1])
     rows = (cluster_runs(named, cluster_size), cluster_runs(data, cluster_size), whole)
     for first, end, (counts, some_data, all_zeros) in sweep(div_up(size, cluster_size), *rows):
-        if counts is None:
-            yield Step(first, end, UNALLOCATED)
-        else:
-            yield Step(first, end, state if all_zeros and not some_data else DATA)
+        known_state = state if all_zeros and not some_data else DATA
+        yield Step(first, end, known_state if counts else UNALLOCATED)
 
 
 def deflate(data: bytes) -> bytes:
@@ -3240,10 +3230,7 @@ class Packer:
 
 
 def fill_map(
-    cluster_map: ClusterMap,
-    steps: Iterable[Step],
-    readers: Readers,
-    packer: Optional[Packer] = None,
+    cluster_map: ClusterMap, steps: Iterable[Step], readers: Readers, packer: Optional[Packer]
 ) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
     policy = readers.policy
