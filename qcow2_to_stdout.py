@@ -2469,7 +2469,7 @@ MANY_EXTENTS = 256  # of a share: each is too small to be worth a thread's switc
 AHEAD_ITEMS = 2  # items for each reader: one at work, one that waits for it
 INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
 _UNKNOWN = b"\2"  # of a cluster, while it is being looked at
-_UNKNOWN_RUN = re.compile(b"\2+")
+_UNKNOWN_RUN = re.compile(b"\2+(?:\0\2+)*")  # a hole of one is cleared sooner than read around
 _SIDE_RUN = re.compile(b"\1+|\2+|\3+")
 
 
