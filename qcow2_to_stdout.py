@@ -2456,26 +2456,28 @@ def open_with_qemu(
 # ---------------------------------------------------------------------------------------------
 
 UNALLOCATED, DATA, ZERO, COMPRESSED = 0, 1, 2, 3  # what a cluster can be
-_MIXED = 4  # only of a page: its clusters differ
 
 MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has more
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
 SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
-FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
+FIRST_SHARE_SIZE = 256 << 10  # bytes; the next ones are larger
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
+MANY_EXTENTS = 256  # of a share: each is too small to be worth a thread's switch
 AHEAD_ITEMS = 2  # items for each reader: one at work, one that waits for it
 INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
-_ZERO_RUN = re.compile(b"\x00+")
+_UNKNOWN = b"\2"  # of a cluster, while it is being looked at
+_UNKNOWN_RUN = re.compile(b"\2+(?:\0\2+)*")  # a hole of one is cleared sooner than read around
+_SIDE_RUN = re.compile(b"\1+|\2+|\3+")
 
 
 class ClusterMap:
     """The state of every guest cluster, packed; append-only, in guest order.
 
     The map is kept in pages, each the reach of one or more whole L2 tables. A page of one
-    state takes one byte, any other about a bit for each cluster (two with zero or compressed ones).
+    state is that state's byte; any other is deflated, to three bits a cluster at most.
 
     cluster_count   guest clusters of the disk
     table_entries   clusters in the reach of one L2 table
@@ -2491,78 +2493,63 @@ class ClusterMap:
         self.page_clusters = align_up(MAP_PAGE, table_entries)
         self.data_clusters = 0
         self.sizes = array(typecode)
-        self._kinds = bytearray()  # of each page: its one state, or _MIXED
-        self._packed = {}  # type: Dict[int, Tuple[int, int]]  # of mixed pages: bits of its states
+        self._pages = []  # type: List[bytes]
         self._open = bytearray()  # a byte for each cluster of the page that is being filled
 
     def __len__(self) -> int:
-        """How many clusters have been told."""
-        return len(self._kinds) * self.page_clusters + len(self._open)
+        """How many clusters are known."""
+        return len(self._pages) * self.page_clusters + len(self._open)
 
     def append(self, state: int, count: int) -> None:
-        """Tell that the next `count` clusters are all of one state."""
+        """Add `count` clusters, all of one state."""
         if state == DATA:
             self.data_clusters += count
-        while count:
-            pages = 0 if self._open else count // self.page_clusters
-            if pages:
-                self._kinds += bytes((state,)) * pages
-                count -= pages * self.page_clusters
-            else:
-                taken = min(count, self.page_clusters - len(self._open))
-                self._open += bytes((state,)) * taken
-                count -= taken
-                self._close_full_page()
+        one = bytes((state,))
+        lacking = self.page_clusters - len(self._open)
+        if count >= lacking:
+            self._open += one * lacking
+            self._close_pages()
+            pages, count = divmod(count - lacking, self.page_clusters)
+            self._pages += [one] * pages
+        self._open += one * count
 
     def extend(self, states: bytes, sizes: Iterable[int] = ()) -> None:
-        """Tell the next clusters' states, a byte for each, and sizes of the COMPRESSED ones."""
+        """Add clusters by their states, a byte for each, and the sizes of the COMPRESSED ones."""
         self.sizes.extend(sizes)
         self.data_clusters += states.count(DATA)
-        position = 0
-        while position < len(states):
-            taken = states[position : position + self.page_clusters - len(self._open)]
-            self._open += taken
-            position += len(taken)
-            self._close_full_page()
+        self._open += states
+        self._close_pages()
 
     def finish(self) -> None:
-        """Say that every cluster of the disk has been told."""
-        if self._open:  # nothing lies past the end of the disk
-            self.append(UNALLOCATED, self.page_clusters - len(self._open))
+        """Fill the last page: nothing lies past the end of the disk."""
+        self.append(UNALLOCATED, -len(self._open) % self.page_clusters)
 
-    def _close_full_page(self) -> None:
-        if len(self._open) < self.page_clusters:
-            return
-        kind = self._open[0]
-        if self._open.count(kind) != self.page_clusters:
-            kind = _MIXED
-            # A number in base two: the one conversion that needs no loop over clusters.
-            self._packed[len(self._kinds)] = (
-                int(self._open.translate(_DIGIT_OF_DATA), 2),
-                int(self._open.translate(_DIGIT_OF_ZERO), 2),
-            )
-        self._kinds.append(kind)
-        self._open = bytearray()
+    def _close_pages(self) -> None:
+        import zlib
+
+        while len(self._open) >= self.page_clusters:
+            page = bytes(self._open[: self.page_clusters])
+            del self._open[: self.page_clusters]
+            is_mixed = page.count(page[0]) < len(page)
+            self._pages.append(zlib.compress(page, 1) if is_mixed else page[:1])
 
     def pages(self) -> Iterator[Tuple[int, int, bytes]]:
         """(first cluster, count of clusters, states): runs of equal pages, and mixed pages.
 
-        states is one byte for all of the run, or a byte for each cluster of a mixed page.
+        states is one byte for all of a run, or a byte for each cluster of a mixed page.
         """
-        for run in _PAGE_RUN.finditer(self._kinds):
-            first, last = run.span()
-            states = bytes(run.group()[:1])
-            if states[0] == _MIXED:
-                data, zero = (
-                    format(bits, f"0{self.page_clusters}b").encode("ascii")
-                    for bits in self._packed[first]
-                )
-                states = data.translate(_DATA_OF_DIGIT)
-                if zero.find(b"1") >= 0:  # both bits of each state: as numbers, without a loop
-                    both = zero.translate(_ZERO_OF_DIGIT)
-                    number = int.from_bytes(states, "big") | int.from_bytes(both, "big")
-                    states = number.to_bytes(len(states), "big")
-            yield first * self.page_clusters, (last - first) * self.page_clusters, states
+        import zlib
+
+        first = 0
+        for page, run in itertools.groupby(self._pages):
+            count = sum(self.page_clusters for _ in run)
+            if len(page) == 1:
+                yield first, count, page
+            else:
+                states = zlib.decompress(page)
+                for each in range(first, first + count, self.page_clusters):
+                    yield each, self.page_clusters, states
+            first += count
 
     def tables_in_use(self) -> Iterator[Tuple[int, bool]]:
         """(count of L2 tables, whether the file has them), in guest order.
@@ -2575,8 +2562,7 @@ class ClusterMap:
                 yield count // size, states[0] != UNALLOCATED
             else:
                 for start in range(0, count, size):
-                    table = states[start : start + size]
-                    yield 1, table.count(UNALLOCATED) < size
+                    yield 1, states.count(UNALLOCATED, start, start + size) < size
 
     def data_runs(self, short: int = 1, gap: int = 0) -> Iterator[Tuple[int, int, bytes]]:
         """(first cluster, end cluster, states) of the runs of DATA, as long as they come.
@@ -2584,32 +2570,27 @@ class ClusterMap:
         Runs of less than `short` clusters, with at most `gap` others between two of them, come
         together, and with the state of each cluster. states is empty where all are DATA.
         """
-        runs = data_pattern(short, gap)
+        pattern = data_pattern(short, gap)
         first = end = 0
         for page, count, states in self.pages():
-            if len(states) == 1:
-                spans = [(0, count)] if states[0] == DATA else []
-            else:
-                spans = [run.span() for run in runs.finditer(states)]
-            for start, stop in spans:
-                is_broken = len(states) > 1 and states.count(DATA, start, stop) < stop - start
+            for run in pattern.finditer(states):
+                start, stop = run.span() if len(states) > 1 else (0, count)
+                is_broken = states.count(DATA, start, stop) < run.end() - start
                 if is_broken or page + start != end:
                     if end > first:
                         yield first, end, b""
                     first = page + start
                 end = page + stop
                 if is_broken:
-                    yield first, end, states[start:stop]
+                    yield first, end, run.group()
                     first = end
         if end > first:
             yield first, end, b""
 
 
-@functools.lru_cache(maxsize=1)
 def data_pattern(short: int, gap: int) -> Any:
-    """Finds runs of DATA in states: one that is not short, or several short ones.
+    """Finds runs of DATA in states: one of `short` clusters or more, or shorter ones together.
 
-    short   clusters from which on a run stands alone
     gap     clusters that may lie between two short ones
     """
     if short <= 1 or not gap:
@@ -2617,13 +2598,6 @@ def data_pattern(short: int, gap: int) -> Any:
     return re.compile(
         b"\x01{%d,}|\x01+(?:[^\x01]{1,%d}\x01{1,%d}(?!\x01))*" % (short, gap, short - 1)
     )
-
-
-_DIGIT_OF_DATA = bytes(ord("1") if state & DATA else ord("0") for state in range(256))
-_DIGIT_OF_ZERO = bytes(ord("1") if state & ZERO else ord("0") for state in range(256))
-_DATA_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, DATA)))
-_ZERO_OF_DIGIT = bytes.maketrans(b"01", bytes((UNALLOCATED, ZERO)))
-_PAGE_RUN = re.compile(b"\x00+|\x01+|\x02+|\x03+|\x04", re.DOTALL)
 
 
 def cluster_runs(ranges: Iterable[Sequence[Any]], cluster_size: int) -> Iterator[Range]:
@@ -2638,17 +2612,20 @@ def sweep(end: int, *rows: Iterable[Any], start: int = 0) -> Iterator[Tuple[int,
     stretches are as long as they can be, and follow each other without a gap.
     """
     iterators = [iter(row) for row in rows]
-    past = (end, end)
-    current = [next(iterator, past) for iterator in iterators]
+    current = [next(iterator, _PAST) for iterator in iterators]
     position = start
     while position < end:
-        items = [item if item[0] <= position else None for item in current]
-        limit = min([end] + [item[1] if item[0] <= position else item[0] for item in current])
+        items = []
+        limit = end
+        for item in current:
+            is_here = item[0] <= position
+            items.append(item if is_here else None)
+            limit = min(limit, item[1] if is_here else item[0])
         yield position, limit, items
         position = limit
         for row, item in enumerate(current):
             if item[1] <= position:
-                current[row] = next(iterators[row], past)
+                current[row] = next(iterators[row], _PAST)
 
 
 class Cutter:
@@ -2688,40 +2665,40 @@ class ReadPolicy:
     """How the next reads are best made, from what the last ones were like.
 
     expects_data    so many clusters were data that the first bytes of each are looked at first
-    is_cold         the first read was not in memory: what is not read is won, and what must be
-                    is asked for ahead
+    is_cold         the first read was not in memory: what must be read is asked for ahead (None:
+                    nothing is known yet)
     reads_all       it is to be read from the start to the end, as a program that serves files
                     (FUSE) likes it, if memory keeps them for the copy
-    share_size  bytes of a reader's share, at most
+    share_size      bytes of a reader's share: small while nothing is known yet
     """
 
-    def __init__(self, reads_all: bool = False, share_size: int = SHARE_SIZE) -> None:
+    def __init__(self, reads_all: bool = False, max_share_size: int = SHARE_SIZE) -> None:
         self.expects_data = True
-        self.is_cold = False
+        self.is_cold = None  # type: Optional[bool]
         self.reads_all = reads_all
-        self.share_size = share_size
-        self._is_new = True
-        self._window = FIRST_SHARE_SIZE
+        self.share_size = FIRST_SHARE_SIZE // 2
+        self._max_share_size = max_share_size
 
     def look_at(self, extents: Sequence[Extent]) -> None:
         """See what kind of source it is, by its first extent."""
-        if self._is_new and extents:
-            self._is_new = False
+        if self.is_cold is None and extents:
             file, offset, stored = extents[0][2:]
             file = file.file if stored else file
             self.is_cold = not file.is_cached(offset)
             if self.is_cold and isinstance(file, DiskFile) and file.size < available_memory() // 2:
-                device = os.fstat(file.fd).st_dev
-                self.reads_all |= not os.major(device) and file_system(device).startswith("fuse")
+                self.reads_all |= is_fuse(os.fstat(file.fd).st_dev)
 
-    @property
-    def is_quick(self) -> bool:
-        """Whether the next share is but a few small reads from memory.
+    def is_quick(self, batch: Sequence["Step"]) -> bool:
+        """Whether a share is but small reads from memory.
 
         These hand Python's lock from thread to thread with each call: four readers would take
         twice the time of one.
         """
-        return self.expects_data and not self.is_cold
+        if self.is_cold or any(step.packer for step in batch):
+            return False
+        if sum(len(step.ours) + len(step.theirs) for step in batch) > MANY_EXTENTS:
+            return True
+        return self.expects_data and not any(step.theirs for step in batch)
 
     @property
     def looks_at_heads(self) -> bool:
@@ -2729,7 +2706,7 @@ class ReadPolicy:
         return self.expects_data and not self.reads_all
 
     def learn(self, zeros: int, clusters: int) -> None:
-        """Hear how many of some clusters were zeros.
+        """Take note of how many of some clusters were zeros.
 
         From memory, several readers that read everything are the faster ones where more than a
         quarter is zeros. From a disk or a network, what is not read is won.
@@ -2737,67 +2714,36 @@ class ReadPolicy:
         if clusters:
             self.expects_data = zeros <= clusters * (0.5 if self.is_cold else 0.25)
 
-    def next_window(self) -> int:
+    def next_share(self) -> int:
         """Bytes of guest addresses that one step may span."""
-        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE, self.share_size)
-        self._window = min(2 * self._window, SHARE_SIZE)
-        return window
+        most = COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE
+        self.share_size = min(2 * self.share_size, most, self._max_share_size)
+        return self.share_size
 
 
-def file_system(device: int) -> str:
-    """The kind of the file system with this number, such as "ext4"; empty if nobody tells."""
-    number = f"{os.major(device)}:{os.minor(device)}".encode("ascii")
+def is_fuse(device: int) -> bool:
+    """Whether a program serves the file system with this number, as far as Linux says."""
+    place = f"^[0-9]+ [0-9]+ {os.major(device)}:{os.minor(device)} .* - fuse"
     with ignore_unavailable(), open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            about_place, _, about_kind = line.partition(b" - ")
-            if about_place.split()[2] == number:
-                return about_kind.split()[0].decode("latin-1")
-    return ""
+        return re.search(place.encode("ascii"), mounts.read(), re.MULTILINE) is not None
+    return False
 
 
 def available_memory() -> int:
-    """Bytes that the page cache may take, as far as Linux tells; 0 elsewhere."""
+    """Bytes that the page cache may take, as far as Linux says; 0 elsewhere."""
     with contextlib.suppress(OSError, LookupError, ValueError), open("/proc/meminfo") as file:
         return int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) << 10
     return 0
 
 
 class Scratch(NamedTuple):
-    """The buffers of one reader: for the disk, and for its base.
+    """The buffers of one reader, for the disk and for its base.
 
-    New memory would have to be cleared by the kernel first, which costs more than the read, so
-    they are used again and again.
+    Used again and again: the kernel would have to clear new memory, which costs more than a read.
     """
 
     data: bytearray
     base: bytearray
-
-
-class Ticket:
-    """The result of some work, as soon as a reader has done it."""
-
-    def __init__(self, work: Callable[[Scratch], Any]) -> None:
-        import threading
-
-        self._work = work
-        self._value = None  # type: Any
-        self._error = None  # type: Optional[BaseException]
-        self._done = threading.Event()
-
-    def perform(self, scratch: Scratch) -> None:
-        """Do the work, in whatever thread this is."""
-        try:
-            self._value = self._work(scratch)
-        except BaseException as error:  # goes on in the main thread
-            self._error = error
-        self._done.set()
-
-    def result(self) -> Any:
-        """What the work has resulted in, once it is done. Raises what it raised."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 # What is to be handed out in order, its bytes, what a reader does for it, and whether that is done
@@ -2808,9 +2754,8 @@ Job = Tuple[Any, int, Optional[Callable[[Scratch], Any]], bool]
 class Readers:
     """A few threads that read, inflate and compress: system calls and zlib let each other run.
 
-    Two or three of them overlap the latency of a disk or the network, and use more than one
-    core where all is in memory already. Started when there is work for them; they never keep
-    the program alive.
+    Two or three of them overlap the latency of a disk or the network, and use more than one core
+    where all is in memory. Started when there is work; they never keep the program alive.
     """
 
     def __init__(self, count: int, policy: ReadPolicy, cluster_size: int) -> None:
@@ -2819,60 +2764,71 @@ class Readers:
         self._buffer_size = max(PACK_SIZE, cluster_size)
         self._scratch = self._make_scratch()  # the main thread's
         self._threads = 0
-        self._queue = None  # type: Any
+        self._work = None  # type: Any  # a queue of what is to be done, and where its result goes
 
     def in_order(self, jobs: Iterable[Job], items: int, size: int) -> Iterator[Tuple[Any, Any]]:
         """(item, result) of each job, in order, while the next ones are at work already.
 
         items, size     how many jobs, and of how many bytes, may wait to be handed out
         """
-        pending = collections.deque()  # type: collections.deque[Tuple[Any, int, Optional[Ticket]]]
+        pending = collections.deque()  # type: collections.deque[Tuple[Any, int, Any]]
         waiting = 0
         for number, (item, length, work, is_quick) in enumerate(jobs):
-            ticket = None
-            if work is not None:
-                ticket = Ticket(work)
-                # A small disk is read before a thread has started.
-                is_first = number < INLINE_ITEMS and not self.policy.is_cold
-                if is_quick or is_first or self.count == 1:
-                    ticket.perform(self._scratch)
-                else:
-                    self._hand_over(ticket)
-            pending.append((item, length, ticket))
+            # A small disk is read before a thread has started.
+            is_first = number < INLINE_ITEMS and not self.policy.is_cold
+            if work is None:
+                result = None, None  # type: Any
+            elif is_quick or is_first or self.count == 1:
+                result = work(self._scratch), None
+            else:
+                result = self._hand_over(work)
+            pending.append((item, length, result))
             waiting += length
             while waiting > size or len(pending) > items:
-                first = pending.popleft()
-                waiting -= first[1]
-                yield first[0], first[2] and first[2].result()
-        for item, _, ticket in pending:
-            yield item, ticket and ticket.result()
+                done, bytes_done, result = pending.popleft()
+                waiting -= bytes_done
+                yield done, self._wait_for(result)
+        for item, _, result in pending:
+            yield item, self._wait_for(result)
+
+    @staticmethod
+    def _wait_for(result: Any) -> Any:
+        value, error = result if isinstance(result, tuple) else result.get()
+        if error is not None:
+            raise error
+        return value
 
     def _make_scratch(self) -> Scratch:
         return Scratch(bytearray(self._buffer_size), bytearray(self._buffer_size))
 
-    def _hand_over(self, ticket: Ticket) -> None:
+    def _hand_over(self, work: Callable[[Scratch], Any]) -> Any:
+        """Where its result will come: a queue of one."""
         import queue
         import threading
 
-        if self._queue is None:
-            self._queue = queue.Queue()
+        make_queue = getattr(queue, "SimpleQueue", queue.Queue)  # Python 3.7: the lighter one
+        if self._work is None:
+            self._work = make_queue()
         if self._threads < self.count:
             try:
                 threading.Thread(target=self._run, daemon=True).start()
-                self._threads += 1
-            except RuntimeError:  # a limit of the system's
-                self.count = max(1, self._threads)
-        if self._threads:
-            self._queue.put(ticket)
-        else:
-            ticket.perform(self._scratch)
+            except RuntimeError as error:  # a limit of the system's
+                raise Error(f"cannot start a reader: {error}; try --parallel 1") from error
+            self._threads += 1
+        result = make_queue()  # type: Any
+        self._work.put((work, result))
+        return result
 
     def _run(self) -> None:
         # A signal that is caught is for the main thread, whose wait it interrupts.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGUSR1])
         scratch = self._make_scratch()
         while True:
-            self._queue.get().perform(scratch)
+            work, result = self._work.get()
+            try:
+                result.put((work(scratch), None))
+            except BaseException as error:  # goes on in the main thread
+                result.put((None, error))
 
 
 class Step(NamedTuple):
@@ -2895,171 +2851,145 @@ class Step(NamedTuple):
     packer: Optional["Packer"] = None
 
 
-class Probe:
+class Probe(NamedTuple):
     """Finds out what clusters are by reading them.
 
-    zeros   the state to give to a cluster that counts and is all zeros
-    other   the state of any other that counts
+    disks       the disk, and perhaps a base: what is equal there is unallocated
+    zeros       the state of a cluster that counts and is all zeros
+    is_trusted  what only one of both disks stores differs, without looking
     """
 
-    def __init__(
-        self, cluster_size: int, disk: Source, zeros: int, other: int, policy: ReadPolicy
-    ) -> None:
-        self.cluster_size = cluster_size
-        self.disk = disk
-        self._policy = policy
-        self._states = bytes((zeros, other)).ljust(256, b"\0")
-
-    def states(self, step: Step, scratch: Scratch) -> bytes:
-        """The states of a step's clusters, a byte for each."""
-        flags = self.data_flags(step.first, step.end, step.ours, scratch.data)
-        return bytes(flags.translate(self._states))
+    cluster_size: int
+    disks: Sequence[Source]
+    zeros: int
+    policy: ReadPolicy
+    is_trusted: bool = False
 
     def ask_ahead(self, step: Step) -> None:
         """Have the kernel fetch what is read next, so that it need not wait for each read."""
+        size = self.cluster_size
+        heads = self.policy.looks_at_heads and size > HEAD_SIZE and not step.theirs
         for start, end, file, offset, stored in itertools.chain(step.ours, step.theirs):
             if stored:
                 file.file.advise(offset, stored, "WILLNEED")
-            elif self._policy.looks_at_heads and self.cluster_size > HEAD_SIZE and not step.theirs:
-                for at in range(
-                    offset + -start % self.cluster_size, offset + end - start, self.cluster_size
-                ):
+            elif heads:
+                for at in range(offset + -start % size, offset + end - start, size):
                     file.advise(at, HEAD_SIZE, "WILLNEED")
             else:
                 file.advise(offset, end - start, "WILLNEED")
 
-    def data_flags(
-        self, first: int, end: int, extents: Sequence[Extent], buffer: bytearray
+    def states(self, step: Step, scratch: Scratch) -> bytearray:
+        """The states of a step's clusters, a byte for each."""
+        first, end = step.first, step.end
+        if len(self.disks) == 1:
+            states = self._look(self.disks[0], first, end, step.ours, scratch)
+            return states.replace(b"\0", bytes((self.zeros,)))
+        states = self._differences(step, scratch)
+        size = self.cluster_size
+        if self._is_damaged(first * size, end * size):  # what can't be read differs from anything
+            for at in range(first, end):
+                if not states[at - first] and self._is_damaged(at * size, (at + 1) * size):
+                    ours = Cutter(step.ours).take(at * size, (at + 1) * size)
+                    has_data = self._look(self.disks[0], at, at + 1, ours, scratch)[0]
+                    states[at - first] = DATA if has_data else self.zeros
+        return states
+
+    def _is_damaged(self, start: int, end: int) -> bool:
+        return any(disk.is_damaged(start, end) for disk in self.disks)
+
+    def _look(
+        self, disk: Source, first: int, end: int, extents: Sequence[Extent], scratch: Scratch
     ) -> bytearray:
-        """Of each cluster from first to end: 1 if it holds anything but zeros.
+        """Of each cluster from first to end: DATA, or UNALLOCATED where it is all zeros.
 
         Where data is dense, the first 4 KiB of a cluster nearly always prove that it is data: the
         rest of it need not be read twice. A disk full of data is read 1.07 times in all.
         """
         size = self.cluster_size
-        flags = bytearray(end - first)
-        looks_at_heads = self._policy.looks_at_heads and size > HEAD_SIZE
-        touched = 0
-        for extent in extents:
-            start, stop, file, offset, stored = extent
-            low, high = start // size - first, div_up(stop, size) - first
-            touched += high - low
+        states = bytearray(end - first)
+        heads = self.policy.looks_at_heads and size > HEAD_SIZE
+        for start, stop, file, offset, stored in extents:
+            low, high = start // size - first, -(-stop // size) - first
+            low += states[low] == DATA  # by an extent before
+            states[low:high] = _UNKNOWN * (high - low)
             if stored:
                 # Zeros would have become shorter: a cluster is not inflated for the scan as well.
                 if stored > 2 * SECTOR_SIZE + file.cluster_size // 100:
-                    flags[low:high] = b"\1" * (high - low)
-            elif looks_at_heads and stop - start >= HEAD_SIZE:
+                    states[low:high] = b"\1" * (high - low)
+            elif heads:
                 skip = -start % size  # to the first cluster that begins here
                 offsets = range(offset + skip, offset + stop - start - HEAD_SIZE + 1, size)
                 if offsets:
-                    found = file.look_at_heads(offsets)
                     at = (start + skip) // size - first
-                    flags[at : at + len(found)] = found
-            if flags.find(0, low, high) >= 0:
-                self._read_rest(extent, flags, first, buffer)
-        self._policy.learn(touched - flags.count(1), touched)
-        return flags
+                    found = file.look_at_heads(offsets).replace(b"\0", _UNKNOWN)
+                    states[at : at + len(found)] = found
+        stored_count = len(states) - states.count(0)
+        rows = [(disk, Cutter(extents), scratch.data)]
+        blank = zeros(size)
+        for run in _UNKNOWN_RUN.finditer(states):
+            for low, high in self._read(first + run.start(), first + run.end(), rows):
+                places = range(0, (high - low) * size, size)
+                flags = [not scratch.data.startswith(blank, at) for at in places]
+                states[low - first : high - first] = bytes(flags)
+        self.policy.learn(stored_count - states.count(DATA), stored_count)
+        return states
 
-    def _read_rest(self, extent: Extent, flags: bytearray, first: int, buffer: bytearray) -> None:
-        """Read what an extent holds of clusters that are not known to be data yet."""
-        size = self.cluster_size
-        step = max(1, READ_SIZE // size)
-        start, stop = extent[:2]
-        for run in _ZERO_RUN.finditer(flags, start // size - first, div_up(stop, size) - first):
-            for low in range(run.start(), run.end(), step):
-                high = min(low + step, run.end())
-                at, to = max(start, (first + low) * size), min(stop, (first + high) * size)
-                view = memoryview(buffer)[: to - at]
-                self.disk.read_into(view, at, [cut(extent, at, to)])
-                if buffer.startswith(zeros(to - at)):
-                    continue
-                head = min((first + low + 1) * size, to) - at  # the first may be cut
-                flags[low] = flags[low] | (not buffer.startswith(zeros(head)))
-                blank = zeros(size)
-                for cluster, position in enumerate(range(head, to - at, size), low + 1):
-                    rest = min(size, to - at - position)
-                    if not buffer.startswith(blank if rest == size else zeros(rest), position):
-                        flags[cluster] = 1
+    def _read(
+        self, first: int, end: int, rows: Sequence[Tuple[Source, Cutter, bytearray]]
+    ) -> Iterator[Range]:
+        """Read clusters of some disks into buffers: (first, end) of those that are there now."""
+        step = max(1, READ_SIZE // self.cluster_size)
+        for low in range(first, end, step):
+            high = min(low + step, end)
+            start, stop = low * self.cluster_size, high * self.cluster_size
+            for disk, extents, buffer in rows:
+                view = memoryview(buffer)[: stop - start]
+                disk.read_into(view, start, extents.take(start, stop))
+            yield low, high
 
-
-class DiffProbe(Probe):
-    """Compares a disk with its base.
-
-    zeros   the state of a cluster that differs from the base and is all zeros
-    trusted what only one side stores differs, without looking
-    """
-
-    def __init__(
-        self,
-        cluster_size: int,
-        disk: Source,
-        base: Source,
-        zeros: int,
-        trusted: bool,
-        policy: ReadPolicy,
-    ) -> None:
-        super().__init__(cluster_size, disk, zeros, DATA, policy)
-        self._base = base
-        self._zeros = zeros
-        self._trusted = trusted
-        self._base_probe = Probe(cluster_size, base, UNALLOCATED, zeros, policy)
-
-    def states(self, step: Step, scratch: Scratch) -> bytes:
-        """The states of a step's clusters, a byte for each."""
+    def _differences(self, step: Step, scratch: Scratch) -> bytearray:
         size = self.cluster_size
         first, end, _, _, ours, theirs, _ = step
-        start, stop = first * size, end * size
+        both = sweep(end * size, *map(shifted, (ours, theirs)), start=first * size)
         differs = (
-            (at, to)
-            for at, to, (mine, yours) in sweep(stop, *map(shifted, (ours, theirs)), start=start)
+            (start, stop)
+            for start, stop, (mine, yours) in both
             if (mine and mine[2:]) != (yours and yours[2:])
         )
-        rows = [cluster_runs(row, size) for row in (differs, ours, theirs)]
-        states = bytearray()
-        mine, yours = Cutter(ours), Cutter(theirs)
-        for low, high, (changed, is_ours, is_theirs) in sweep(end, *rows, start=first):
-            here = (mine.take(low * size, high * size), yours.take(low * size, high * size))
-            if changed is None:
-                states += bytes((UNALLOCATED,)) * (high - low)
-            elif is_ours and is_theirs:
-                states += self._compare(low, high, here, scratch)
-            elif self._trusted:
-                states += bytes((DATA if is_ours else self._zeros,)) * (high - low)
-            elif is_ours:
-                flags = self.data_flags(low, high, here[0], scratch.data)
-                states += flags.translate(bytes((UNALLOCATED, DATA)).ljust(256, b"\0"))
+        flags = [touched(row, first, end, size) for row in (differs, ours, theirs)]
+        # Of each cluster: 0 if both are equal, else 1 if only ours is stored, 2 if only theirs.
+        sides = bytes([changed and mine + 2 * yours for changed, mine, yours in zip(*flags)])
+        states = bytearray(end - first)
+        rows = [*zip(self.disks, (Cutter(ours), Cutter(theirs)), scratch)]
+        for run in _SIDE_RUN.finditer(sides):
+            low, high = first + run.start(), first + run.end()
+            side = sides[run.start()]
+            if side == 3:
+                found = self._compare(low, high, rows)
+            elif self.is_trusted:
+                found = bytearray(b"\1") * (high - low)
             else:
-                states += self._base_probe.states(Step(low, high, 0, None, here[1]), scratch)
-        if self._is_damaged(start, stop):  # what can't be read differs from anything
-            for index in range(end - first):
-                at = start + index * size
-                if not states[index] and self._is_damaged(at, at + size):
-                    states[index] = self._zeros
-        return bytes(states)
-
-    def _is_damaged(self, start: int, end: int) -> bool:
-        return self.disk.is_damaged(start, end) or self._base.is_damaged(start, end)
+                disk, extents, _ = rows[side - 1]
+                here = extents.take(low * size, high * size)
+                found = self._look(disk, low, high, here, scratch)
+            if side == 2:
+                found = found.replace(b"\1", bytes((self.zeros,)))
+            states[run.start() : run.end()] = found
+        return states
 
     def _compare(
-        self, first: int, end: int, extents: Tuple[List[Extent], List[Extent]], scratch: Scratch
+        self, first: int, end: int, rows: Sequence[Tuple[Source, Cutter, bytearray]]
     ) -> bytearray:
         size = self.cluster_size
         states = bytearray()
         blank = zeros(size)
-        step = max(1, READ_SIZE // size)
-        cutters = [Cutter(row) for row in extents]
-        for low in range(first, end, step):
-            start, stop = low * size, min(low + step, end) * size
-            for source, cutter, buffer in zip((self.disk, self._base), cutters, scratch):
-                view = memoryview(buffer)[: stop - start]
-                source.read_into(view, start, cutter.take(start, stop))
-            data, theirs = scratch.data, memoryview(scratch.base)
-            for position in range(0, stop - start, size):
-                is_equal = data.startswith(theirs[position : position + size], position)
-                if is_equal and not self._is_damaged(start + position, start + position + size):
+        mine, yours = rows[0][2], memoryview(rows[1][2])
+        for low, high in self._read(first, end, rows):
+            for at in range(0, (high - low) * size, size):
+                if mine.startswith(yours[at : at + size], at):
                     states.append(UNALLOCATED)
                 else:
-                    states.append(self._zeros if data.startswith(blank, position) else DATA)
+                    states.append(self.zeros if mine.startswith(blank, at) else DATA)
         return states
 
 
@@ -3069,65 +2999,43 @@ def shifted(extents: Iterable[Extent]) -> Iterator[Tuple[Any, ...]]:
         yield start, end, file.identity, offset if stored else offset - start, stored
 
 
-def probed_steps(
-    disk: Source,
-    named: Iterable[Range],
-    zeros: int,
-    cluster_count: int,
-    probe: Probe,
-    policy: ReadPolicy,
-) -> Iterator[Step]:
+def touched(ranges: Iterable[Sequence[Any]], first: int, end: int, cluster_size: int) -> bytearray:
+    """Of each cluster from first to end: 1 if one of these byte ranges lies in it, else 0."""
+    flags = bytearray(end - first)
+    for low, high in cluster_runs(ranges, cluster_size):
+        flags[low - first : high - first] = b"\1" * (high - low)
+    return flags
+
+
+def probed_steps(named: Iterable[Range], zeros: int, size: int, probe: Probe) -> Iterator[Step]:
     """The clusters that are named; their content decides what they become.
 
     named   runs of clusters, sorted and disjoint
-    zeros   the state of a cluster that is all zeros
+    zeros   the state of a cluster where nothing is stored
+    size    where the image ends, in bytes
     """
-    size = probe.cluster_size
-    extents = Cutter(disk.extents())
+    unit, policy = probe.cluster_size, probe.policy
+    count = div_up(size, unit)
+    rows = [Cutter(disk.extents()) for disk in probe.disks]
     position = 0
-    for first, end in named:
+    for first, end in itertools.chain(named, [(count, count)]):
         if position < first:
             yield Step(position, first, UNALLOCATED)
-        position = first
+            position = first
         while position < end:
-            stored = min(extents.starts_at(position * size) // size, end)
-            if position < stored:
-                yield Step(position, stored, zeros)
-                position = stored
+            stop = min(end, min(row.starts_at(position * unit) for row in rows) // unit)
+            if position < stop:
+                yield Step(position, stop, zeros)
             else:
-                stop = min(position + max(1, policy.next_window() // size), end)
-                ours = extents.take(position * size, stop * size)
-                yield Step(position, stop, 0, probe, ours)
-                position = stop
-    if position < cluster_count:
-        yield Step(position, cluster_count, UNALLOCATED)
-
-
-def up_to(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
-    """The extents before a guest offset."""
-    for extent in extents:
-        if extent[0] >= size:
-            return
-        yield extent if extent[1] <= size else cut(extent, extent[0], size)
-
-
-def diff_steps(
-    disk: Source, theirs: Iterable[Extent], cluster_count: int, probe: Probe, policy: ReadPolicy
-) -> Iterator[Step]:
-    """The clusters that differ from those of a base, whose extents are theirs."""
-    size = probe.cluster_size
-    mine, yours = Cutter(disk.extents()), Cutter(theirs)
-    position = 0
-    while position < cluster_count:
-        stored = min(row.starts_at(position * size) for row in (mine, yours)) // size
-        stored = min(stored, cluster_count)
-        if position < stored:
-            yield Step(position, stored, UNALLOCATED)
-            position = stored
-        else:
-            stop = min(position + max(1, policy.next_window() // size), cluster_count)
-            reach = (position * size, stop * size)
-            yield Step(position, stop, 0, probe, mine.take(*reach), yours.take(*reach))
+                stop = min(end, position + max(1, policy.next_share() // unit))
+                reach = position * unit, min(stop * unit, size)
+                ours = rows[0].take(*reach)
+                theirs = rows[1].take(*reach) if len(rows) > 1 else ()
+                step = Step(position, stop, 0, probe, ours, theirs)
+                policy.look_at(step.ours or step.theirs)
+                if policy.is_cold:
+                    probe.ask_ahead(step)
+                yield step
             position = stop
 
 
@@ -3151,13 +3059,11 @@ def believed_steps(
         (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
         for start, end in joined(zeros)
     )
-    whole = ((start, end) for start, end in known if start < end)
+    whole = (each for each in known if each[0] < each[1])
     rows = (cluster_runs(named, cluster_size), cluster_runs(data, cluster_size), whole)
     for first, end, (counts, some_data, all_zeros) in sweep(div_up(size, cluster_size), *rows):
-        if counts is None:
-            yield Step(first, end, UNALLOCATED)
-        else:
-            yield Step(first, end, state if all_zeros and not some_data else DATA)
+        known_state = state if all_zeros and not some_data else DATA
+        yield Step(first, end, known_state if counts else UNALLOCATED)
 
 
 def deflate(data: bytes) -> bytes:
@@ -3324,27 +3230,13 @@ class Packer:
 
 
 def fill_map(
-    cluster_map: ClusterMap,
-    steps: Iterable[Step],
-    readers: Readers,
-    packer: Optional[Packer] = None,
+    cluster_map: ClusterMap, steps: Iterable[Step], readers: Readers, packer: Optional[Packer]
 ) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
     policy = readers.policy
-    if packer is not None:
-        steps = packer.steps(steps)
-
-    def jobs() -> Iterator[Job]:
-        for batch in batches(steps, policy.share_size):
-            probes = [step for step in batch if step.probe is not None]
-            for step in probes:
-                policy.look_at(step.ours or step.theirs)
-                if policy.is_cold and step.probe is not None:
-                    step.probe.ask_ahead(step)
-            is_quick = policy.is_quick and not any(step.theirs or step.packer for step in batch)
-            yield None, 0, functools.partial(examine, batch), is_quick
-
-    for _, results in readers.in_order(jobs(), AHEAD_ITEMS * readers.count, MAX_SIZE):
+    shares = batches(steps if packer is None else packer.steps(steps), policy)
+    jobs = ((None, 0, functools.partial(examine, each), policy.is_quick(each)) for each in shares)
+    for _, results in readers.in_order(jobs, AHEAD_ITEMS * readers.count, MAX_SIZE):
         for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
@@ -3356,7 +3248,7 @@ def fill_map(
     cluster_map.finish()
 
 
-def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
+def examine(batch: Sequence[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
     """Take some steps: (count of clusters, their one state or a byte for each, or Packed)."""
     results = []
     for step in batch:
@@ -3371,25 +3263,18 @@ def examine(batch: List[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
     return results
 
 
-def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
+def batches(steps: Iterable[Step], policy: ReadPolicy) -> Iterator[List[Step]]:
     """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
     batch = []  # type: List[Step]
-    left = share_size
-    number = 0
+    size = 0
     for step in steps:
-        worker = step.probe or step.packer
-        last = batch[-1] if batch else None
-        if last and last.state == step.state and not (worker or last.probe or last.packer):
-            batch[-1] = Step(last.first, step.end, step.state)
-            continue
         batch.append(step)
+        worker = step.probe or step.packer
         if worker is not None:
-            number += 1
-            left -= (step.end - step.first) * worker.cluster_size
-        # The first ones are small because nothing is known yet: they are batches themselves.
-        if left <= 0 or len(batch) >= BATCH_STEPS or (worker and number <= INLINE_ITEMS):
+            size += (step.end - step.first) * worker.cluster_size
+        if size >= policy.share_size or len(batch) >= BATCH_STEPS:
             yield batch
-            batch, left = [], share_size
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -4140,7 +4025,7 @@ class OutputGuard:
         if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
             output.can_sendfile = False
         is_appended = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
-        if self._is_device or not file_system(status.st_dev).startswith("fuse"):
+        if self._is_device or not is_fuse(status.st_dev):
             # A file system that is a program may show nothing until all is there.
             with contextlib.suppress(OSError):
                 self._start = os.lseek(self._fd, 0, os.SEEK_END if is_appended else os.SEEK_CUR)
@@ -5196,13 +5081,13 @@ def make_steps(
     elif not overlay and base is None and options.bitmap is None:
         state = UNALLOCATED
     if base is not None:
-        diff_probe = DiffProbe(cluster_size, disk, base, state, sources.is_known, policy)
-        return diff_steps(disk, up_to(base.extents(), size), count, diff_probe, policy)
-    probe = Probe(cluster_size, disk, state, DATA, policy)
+        probe = Probe(cluster_size, [disk, base], state, policy, sources.is_known)
+        return probed_steps([(0, count)], UNALLOCATED, size, probe)
+    probe = Probe(cluster_size, [disk], state, policy)
     if layout is None and sources.is_known:
         return believed_steps(disk.extents(), (), (), state, size, cluster_size)
     if layout is None:
-        return probed_steps(disk, [(0, count)], state, count, probe, policy)
+        return probed_steps([(0, count)], state, size, probe)
     # No layout speaks of the zeros that fill the last sector; a longer backing file has other
     # bytes there. QEMU rounds sizes up: of what it reads, that sector may be such a one.
     padding = max(0, disk.size - SECTOR_SIZE) if options.image_opts else disk.size
@@ -5211,7 +5096,7 @@ def make_steps(
     if options.no_scan or options.input == "-":
         named = layout.all()
         return believed_steps(named, layout.data, layout.zeros, state, size, cluster_size)
-    return probed_steps(disk, cluster_runs(layout.all(), cluster_size), state, count, probe, policy)
+    return probed_steps(cluster_runs(layout.all(), cluster_size), state, size, probe)
 
 
 def make_geometry(options: argparse.Namespace, sources: Sources) -> Geometry:

@@ -693,7 +693,7 @@ def test_little_memory(disk: Path, megabytes: int) -> None:
 
 
 def test_a_limit_of_threads(disk: Path) -> None:
-    """As in a container that may have few processes: the readers are fewer, or one line says it."""
+    """As in a container that may have few processes: one line says it, if threads are needed."""
     needs(os.geteuid() == 0, "root, to become somebody else")
 
     def limit() -> None:
