@@ -1370,7 +1370,7 @@ class ChainSource(Source):
         end = min(end, member.size)
         if isinstance(member, DiskFile):
             while start < end:
-                step = min(end, max(start, raw.starts_at(start)) + RAW_STEP)
+                step = min(end, max(start, raw.first(start)[0]) + RAW_STEP)
                 for first, last in raw.take(start, step):
                     yield first, last, member, first, 0
                 start = step
@@ -2471,6 +2471,7 @@ INLINE_ITEMS = 3  # of a pipeline, before threads are worth their start
 _UNKNOWN = b"\2"  # of a cluster, while it is being looked at
 _UNKNOWN_RUN = re.compile(b"\2+(?:\0\2+)*")  # a hole of one is cleared sooner than read around
 _SIDE_RUN = re.compile(b"\1+|\2+|\3+")
+_ONES_OF_ZERO = bytes((255,)).ljust(256, b"\0")
 
 
 class ClusterMap:
@@ -2635,11 +2636,11 @@ class Cutter:
         self._row = iter(row)
         self._next = next(self._row, _PAST)
 
-    def starts_at(self, position: int) -> int:
-        """Where the first range begins that ends behind a position; MAX_SIZE if there is none."""
+    def first(self, position: int) -> Range:
+        """Start and end of the first range that ends behind a position; MAX_SIZE if none does."""
         while self._next[1] <= position:
             self._next = next(self._row, _PAST)
-        return int(self._next[0])
+        return self._next[:2]
 
     def take(self, start: int, end: int) -> List[Any]:
         """What lies between start and end, cut to that. Never back: start must rise."""
@@ -2835,7 +2836,7 @@ class Step(NamedTuple):
     """What some clusters are, or who finds out.
 
     first, end  clusters, end exclusive
-    state       what all of them are, unless there is a probe
+    state       of all of them, or of each; with a probe: if nothing else is found there
     probe       finds out their states
     ours        extents of the disk there
     theirs      extents of its base there
@@ -2844,7 +2845,7 @@ class Step(NamedTuple):
 
     first: int
     end: int
-    state: int
+    state: Union[int, bytes]
     probe: Optional["Probe"] = None
     ours: Sequence[Extent] = ()
     theirs: Sequence[Extent] = ()
@@ -2855,7 +2856,7 @@ class Probe(NamedTuple):
     """Finds out what clusters are by reading them.
 
     disks       the disk, and perhaps a base: what is equal there is unallocated
-    zeros       the state of a cluster that counts and is all zeros
+    zeros       the state of a cluster that differs from the base and is all zeros
     is_trusted  what only one of both disks stores differs, without looking
     """
 
@@ -2883,7 +2884,12 @@ class Probe(NamedTuple):
         first, end = step.first, step.end
         if len(self.disks) == 1:
             states = self._look(self.disks[0], first, end, step.ours, scratch)
-            return states.replace(b"\0", bytes((self.zeros,)))
+            if isinstance(step.state, int):
+                return states.replace(b"\0", bytes((step.state,)))
+            known = int.from_bytes(step.state, "big")
+            known &= int.from_bytes(states.translate(_ONES_OF_ZERO), "big")
+            known |= int.from_bytes(states, "big")
+            return bytearray(known.to_bytes(end - first, "big"))
         states = self._differences(step, scratch)
         size = self.cluster_size
         if self._is_damaged(first * size, end * size):  # what can't be read differs from anything
@@ -2956,7 +2962,9 @@ class Probe(NamedTuple):
             for start, stop, (mine, yours) in both
             if (mine and mine[2:]) != (yours and yours[2:])
         )
-        flags = [touched(row, first, end, size) for row in (differs, ours, theirs)]
+        flags = [
+            painted([(cluster_runs(row, size), 1)], first, end) for row in (differs, ours, theirs)
+        ]
         # Of each cluster: 0 if both are equal, else 1 if only ours is stored, 2 if only theirs.
         sides = bytes([changed and mine + 2 * yours for changed, mine, yours in zip(*flags)])
         states = bytearray(end - first)
@@ -2999,71 +3007,90 @@ def shifted(extents: Iterable[Extent]) -> Iterator[Tuple[Any, ...]]:
         yield start, end, file.identity, offset if stored else offset - start, stored
 
 
-def touched(ranges: Iterable[Sequence[Any]], first: int, end: int, cluster_size: int) -> bytearray:
-    """Of each cluster from first to end: 1 if one of these byte ranges lies in it, else 0."""
-    flags = bytearray(end - first)
-    for low, high in cluster_runs(ranges, cluster_size):
-        flags[low - first : high - first] = b"\1" * (high - low)
-    return flags
+def painted(rows: Iterable[Tuple[Iterable[Range], int]], first: int, end: int) -> bytes:
+    """The states of clusters from first to end, by runs within: later rows cover earlier ones."""
+    states = bytearray(end - first)
+    for runs, state in rows:
+        one = bytes((state,))
+        for low, high in runs:
+            states[low - first : high - first] = one * (high - low)
+    return bytes(states)
 
 
-def probed_steps(named: Iterable[Range], zeros: int, size: int, probe: Probe) -> Iterator[Step]:
-    """The clusters that are named; their content decides what they become.
+def probed_steps(runs: Iterable[Range], zeros: int, size: int, probe: Probe) -> Iterator[Step]:
+    """Some clusters, whose content decides what they become; the others are unallocated.
 
-    named   runs of clusters, sorted and disjoint
-    zeros   the state of a cluster where nothing is stored
+    runs    of clusters, sorted and disjoint
+    zeros   the state of one where nothing is stored, or nothing but zeros
     size    where the image ends, in bytes
     """
     unit, policy = probe.cluster_size, probe.policy
     count = div_up(size, unit)
-    rows = [Cutter(disk.extents()) for disk in probe.disks]
+    named, rows = Cutter(runs), [Cutter(disk.extents()) for disk in probe.disks]
     position = 0
-    for first, end in itertools.chain(named, [(count, count)]):
-        if position < first:
-            yield Step(position, first, UNALLOCATED)
-            position = first
-        while position < end:
-            stop = min(end, min(row.starts_at(position * unit) for row in rows) // unit)
-            if position < stop:
-                yield Step(position, stop, zeros)
-            else:
-                stop = min(end, position + max(1, policy.next_share() // unit))
-                reach = position * unit, min(stop * unit, size)
-                ours = rows[0].take(*reach)
-                theirs = rows[1].take(*reach) if len(rows) > 1 else ()
-                step = Step(position, stop, 0, probe, ours, theirs)
-                policy.look_at(step.ours or step.theirs)
-                if policy.is_cold:
-                    probe.ask_ahead(step)
-                yield step
+    while position < count:
+        first, end = named.first(position)
+        reach = min(max(first, position), count) * unit
+        stored = min(row.first(reach)[0] for row in rows) // unit
+        known, state = (first, UNALLOCATED) if position < first else (min(end, stored), zeros)
+        if known >= min(position + MAP_PAGE, count):
+            stop = min(known, count)
+            yield Step(position, stop, state)
             position = stop
+            continue
+        stop = position + max(1, policy.next_share() // unit)
+        if stored >= stop:
+            stop = min(stored, position + MAP_PAGE)
+        stop = min(stop, count)
+        here = named.take(position, stop)
+        states = painted([(here, zeros)], position, stop)
+        if stored >= stop:
+            yield Step(position, stop, states)
+        else:
+            reaches = [(low * unit, min(high * unit, size)) for low, high in here]
+            ours, theirs = (
+                [extent for reach in reaches for extent in row.take(*reach)]
+                for row in (*rows, Cutter(()))[:2]
+            )
+            is_whole = here == [(position, stop)]
+            step = Step(position, stop, zeros if is_whole else states, probe, ours, theirs)
+            policy.look_at(ours or theirs)
+            if policy.is_cold:
+                probe.ask_ahead(step)
+            yield step
+        position = stop
 
 
-def believed_steps(
-    named: Iterable[Sequence[Any]],
-    data: Iterable[Range],
-    zeros: Iterable[Range],
-    state: int,
-    size: int,
-    cluster_size: int,
-) -> Iterator[Step]:
-    """The clusters that are named, as others say, without a look.
+def known_steps(rows: Sequence[Tuple[Iterable[Range], int]], count: int) -> Iterator[Step]:
+    """Clusters by runs of one state: later rows cover earlier ones, the rest is unallocated."""
+    cutters = [(Cutter(runs), state) for runs, state in rows]
+    position = 0
+    while position < count:
+        first = min(row.first(position)[0] for row, _ in cutters)
+        if first >= min(position + MAP_PAGE, count):
+            stop = min(first, count)
+            yield Step(position, stop, UNALLOCATED)
+        else:
+            stop = min(position + MAP_PAGE, count)
+            here = [(row.take(position, stop), state) for row, state in cutters]
+            yield Step(position, stop, painted(here, position, stop))
+        position = stop
 
-    named   byte ranges that count, sorted
-    data    byte ranges that may hold data; in doubt a cluster that counts is DATA
-    zeros   byte ranges that are known to be zeros
+
+def believed_steps(layout: "Layout", state: int, size: int, cluster_size: int) -> Iterator[Step]:
+    """The clusters of which a layout speaks, without a look; in doubt they are data.
+
     state   of a cluster that is known to be zeros as a whole, and holds no data
     size    of the disk, in bytes
     """
     known = (  # rounded inwards, but for the disk's end: what lies behind it counts as zeros
         (div_up(start, cluster_size), (end if end < size else end + cluster_size) // cluster_size)
-        for start, end in joined(zeros)
+        for start, end in joined(layout.zeros)
     )
     whole = (each for each in known if each[0] < each[1])
-    rows = (cluster_runs(named, cluster_size), cluster_runs(data, cluster_size), whole)
-    for first, end, (counts, some_data, all_zeros) in sweep(div_up(size, cluster_size), *rows):
-        known_state = state if all_zeros and not some_data else DATA
-        yield Step(first, end, known_state if counts else UNALLOCATED)
+    some_zeros, data = (cluster_runs(each, cluster_size) for each in (layout.zeros, layout.data))
+    rows = ((some_zeros, DATA), (whole, state), (data, DATA))
+    return known_steps(rows, div_up(size, cluster_size))
 
 
 def deflate(data: bytes) -> bytes:
@@ -3152,13 +3179,16 @@ class Packer:
         for step in steps:
             if step.probe is not None:
                 yield step._replace(packer=self)
-            elif step.state != DATA:
+            elif step.state != DATA and (isinstance(step.state, int) or DATA not in step.state):
                 yield step
             else:
                 for first in range(step.first, step.end, self.share):
                     end = min(first + self.share, step.end)
                     ours = extents.take(first * size, end * size)
-                    yield Step(first, end, DATA, None, ours, (), self)
+                    state = step.state
+                    if not isinstance(state, int):
+                        state = state[first - step.first : end - step.first]
+                    yield Step(first, end, state, None, ours, (), self)
 
     def pack(
         self, first: int, states: bytes, extents: Sequence[Extent], wanted: int, scratch: Scratch
@@ -3257,7 +3287,7 @@ def examine(batch: Sequence[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
         if step.probe:
             states = step.probe.states(step, scratch)
         if step.packer:
-            states = states if step.probe else bytes((states,)) * count
+            states = bytes((states,)) * count if isinstance(states, int) else states
             states = step.packer.pack(step.first, states, step.ours, DATA, scratch)
         results.append((count, states))
     return results
@@ -5085,7 +5115,7 @@ def make_steps(
         return probed_steps([(0, count)], UNALLOCATED, size, probe)
     probe = Probe(cluster_size, [disk], state, policy)
     if layout is None and sources.is_known:
-        return believed_steps(disk.extents(), (), (), state, size, cluster_size)
+        return known_steps([(cluster_runs(disk.extents(), cluster_size), DATA)], count)
     if layout is None:
         return probed_steps([(0, count)], state, size, probe)
     # No layout speaks of the zeros that fill the last sector; a longer backing file has other
@@ -5094,8 +5124,7 @@ def make_steps(
     if overlay and padding < size:
         layout.data.add(padding, size)
     if options.no_scan or options.input == "-":
-        named = layout.all()
-        return believed_steps(named, layout.data, layout.zeros, state, size, cluster_size)
+        return believed_steps(layout, state, size, cluster_size)
     return probed_steps(cluster_runs(layout.all(), cluster_size), state, size, probe)
 
 
