@@ -2461,7 +2461,7 @@ MAP_PAGE = 8192  # clusters of a page of the map, or one L2 table if that has mo
 READ_SIZE = 512 << 10  # bytes of one read in the scan: the buffer stays in the core's cache
 SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch is worth
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
-FIRST_SHARE_SIZE = 256 << 10  # bytes; the next ones are larger
+FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
@@ -2670,15 +2670,15 @@ class ReadPolicy:
                     nothing is known yet)
     reads_all       it is to be read from the start to the end, as a program that serves files
                     (FUSE) likes it, if memory keeps them for the copy
-    share_size      bytes of a reader's share: small while nothing is known yet
+    share_size      bytes of a reader's share, at most
     """
 
-    def __init__(self, reads_all: bool = False, max_share_size: int = SHARE_SIZE) -> None:
+    def __init__(self, reads_all: bool = False, share_size: int = SHARE_SIZE) -> None:
         self.expects_data = True
         self.is_cold = None  # type: Optional[bool]
         self.reads_all = reads_all
-        self.share_size = FIRST_SHARE_SIZE // 2
-        self._max_share_size = max_share_size
+        self.share_size = share_size
+        self._window = FIRST_SHARE_SIZE
 
     def look_at(self, extents: Sequence[Extent]) -> None:
         """See what kind of source it is, by its first extent."""
@@ -2715,11 +2715,11 @@ class ReadPolicy:
         if clusters:
             self.expects_data = zeros <= clusters * (0.5 if self.is_cold else 0.25)
 
-    def next_share(self) -> int:
+    def next_window(self) -> int:
         """Bytes of guest addresses that one step may span."""
-        most = COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE
-        self.share_size = min(2 * self.share_size, most, self._max_share_size)
-        return self.share_size
+        window = min(self._window, COLD_SHARE_SIZE if self.is_cold else SHARE_SIZE, self.share_size)
+        self._window = 2 * window
+        return window
 
 
 def is_fuse(device: int) -> bool:
@@ -3038,7 +3038,7 @@ def probed_steps(runs: Iterable[Range], zeros: int, size: int, probe: Probe) -> 
             yield Step(position, stop, state)
             position = stop
             continue
-        stop = position + max(1, policy.next_share() // unit)
+        stop = position + max(1, policy.next_window() // unit)
         if stored >= stop:
             stop = min(stored, position + MAP_PAGE)
         stop = min(stop, count)
@@ -3264,7 +3264,7 @@ def fill_map(
 ) -> None:
     """Take all steps. Readers work ahead of the map, which is filled in guest order."""
     policy = readers.policy
-    shares = batches(steps if packer is None else packer.steps(steps), policy)
+    shares = batches(steps if packer is None else packer.steps(steps), policy.share_size)
     jobs = ((None, 0, functools.partial(examine, each), policy.is_quick(each)) for each in shares)
     for _, results in readers.in_order(jobs, AHEAD_ITEMS * readers.count, MAX_SIZE):
         for count, states in results:
@@ -3293,16 +3293,19 @@ def examine(batch: Sequence[Step], scratch: Scratch) -> List[Tuple[int, Any]]:
     return results
 
 
-def batches(steps: Iterable[Step], policy: ReadPolicy) -> Iterator[List[Step]]:
+def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
     """Steps in lists, each a reader's share: many small ones are not worth a thread's switch."""
     batch = []  # type: List[Step]
-    size = 0
+    size = number = 0
     for step in steps:
         batch.append(step)
         worker = step.probe or step.packer
         if worker is not None:
+            number += 1
             size += (step.end - step.first) * worker.cluster_size
-        if size >= policy.share_size or len(batch) >= BATCH_STEPS:
+        # The first ones are small because nothing is known yet: they are batches themselves.
+        is_first = worker is not None and number <= INLINE_ITEMS
+        if is_first or size >= share_size or len(batch) >= BATCH_STEPS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -5041,7 +5044,7 @@ class Opener:
         if image.format in ("", "raw"):
             file = DiskFile(name, watch)
             resources.callback(file.close)
-            if not image.format:
+            if not image.format and not self._options.data_file_raw:
                 self._look_for_header(file)
             return RawSource(file, watch, known.size, known.ranges)
         source = None
