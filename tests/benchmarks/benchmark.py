@@ -521,13 +521,13 @@ def run_all(options: argparse.Namespace) -> None:
                 missing += [f"* not measured: {case.title}: {error}" for case in cases]
         if not options.rows or "curves" in options.rows:
             lines = curves(bench, pairs)
+    if options.keep:
+        options.keep.write_text(json.dumps({"rows": results, "curves": lines}))
     share = (busy_elsewhere() - elsewhere) / (time.monotonic() - begin) / (os.cpu_count() or 1)
     print(f"All else took {max(0, share):.0%} of the processors meanwhile.\n")
     print(*table(results), "", *missing, sep="\n")
     for name, points in lines.items():
         print(f"* {name}:", ", ".join(f"{x:,}: {y:.2f} s" for x, y in points))
-    if options.keep:
-        options.keep.write_text(json.dumps({"rows": results, "curves": lines}))
     if options.plot:
         plot(options.plot, results, lines)
 
