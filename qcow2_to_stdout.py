@@ -665,6 +665,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def places(self) -> Iterator[Extent]:
+        """The same, and perhaps holes beside them, which their file reads as zeros."""
+        return self.extents()
+
     def finish(self) -> Optional[str]:
         """Expect the end of a stream. Returns a warning, or None."""
         return None
@@ -713,6 +717,12 @@ class RawSource(Source):
         for start, end in self.file.data_ranges(self.size) if known is None else joined(known):
             if start < self.size:
                 yield start, min(end, self.size), self.file, start, 0
+
+    def places(self) -> Iterator[Extent]:
+        """The same with all holes: a page of zeros is sent faster than a hole is asked for."""
+        if self._ranges is not None or self.file.is_remote:
+            return self.extents()
+        return iter([(0, self.size, self.file, 0, 0)] if self.size else [])
 
 
 class SalvageSource(Source):
@@ -3070,7 +3080,7 @@ def believed_steps(
         yield Step(first, end, known_state if counts else UNALLOCATED)
 
 
-def deflate(data: bytes) -> bytes:
+def compress_zlib(data: bytes) -> bytes:
     """A cluster as raw deflate, byte for byte as QEMU has it."""
     import zlib
 
@@ -3078,36 +3088,43 @@ def deflate(data: bytes) -> bytes:
     return stream.compress(data) + stream.flush()
 
 
-def zstd_compressor(cluster_size: int) -> Callable[[bytes], bytes]:
-    """What makes one frame of zstd of up to a cluster, in any thread. Raises Error without zstd."""
+def compress_zstd(data: bytes) -> bytes:
+    """A cluster as one frame of zstd, byte for byte as QEMU has it."""
     library = libzstd()
     if library is None:
-        try:
-            zstd = import_zstd()
-        except ImportError as error:
-            raise Error(
-                "--compress zstd needs libzstd.so.1 (Debian: libzstd1) or Python 3.14; install one "
-                "of them, or use --compress zlib"
-            ) from error
-        return lambda data: bytes(zstd.compress(data, ZSTD_LEVEL))
+        return bytes(import_zstd().compress(data, ZSTD_LEVEL))
     import ctypes
     import threading
 
-    local = threading.local()
+    context, target = zstd_encoder(threading.get_ident())
+    count = library.ZSTD_compressCCtx(context, target, len(target), data, len(data), ZSTD_LEVEL)
+    if library.ZSTD_isError(count):  # the one reason that is left
+        raise MemoryError
+    return ctypes.string_at(target, count)
 
-    def compress(data: bytes) -> bytes:
-        if not hasattr(local, "output"):
-            local.context = library.ZSTD_createCCtx()
-            local.output = ctypes.create_string_buffer(library.ZSTD_compressBound(cluster_size))
-        output = local.output
-        count = library.ZSTD_compressCCtx(
-            local.context, output, len(output), data, len(data), ZSTD_LEVEL
-        )
-        if library.ZSTD_isError(count):  # the one reason that is left
-            raise MemoryError
-        return ctypes.string_at(output, count)
 
-    return compress
+@functools.lru_cache(maxsize=None)
+def zstd_encoder(_thread: int) -> Tuple[Any, Any]:
+    """What a thread compresses with, and where to: a context, and a buffer for any cluster."""
+    import ctypes
+
+    library = libzstd()
+    size = library.ZSTD_compressBound(CLUSTER_SIZES[-1])
+    return library.ZSTD_createCCtx(), ctypes.create_string_buffer(size)
+
+
+def compressor(kind: str) -> Callable[[bytes], bytes]:
+    """What compresses a cluster, in any thread. Raises Error where zstd is missing."""
+    if kind == "zlib":
+        return compress_zlib
+    try:
+        _ = libzstd() or import_zstd()
+    except ImportError as error:
+        raise Error(
+            "--compress zstd needs libzstd.so.1 (Debian: libzstd1) or Python 3.14; install one of "
+            "them, or use --compress zlib"
+        ) from error
+    return compress_zstd
 
 
 class Packed(NamedTuple):
@@ -3141,7 +3158,7 @@ class Packer:
         self.cluster_size = cluster_size
         self.disk = disk
         self.share = max(1, PACK_SIZE // cluster_size)
-        self._compress = deflate if kind == "zlib" else zstd_compressor(cluster_size)
+        self._compress = compressor(kind)
         # Where the files of images hold what is compressed in our way, sorted.
         self._offsets = {
             image.file: image.compressed_offsets()
@@ -3578,28 +3595,17 @@ def read_info(text: str, what: str) -> Tuple[int, Optional[int]]:
 
 
 class Geometry(NamedTuple):
-    """What of the image follows from the disk's size alone.
+    """What of the image follows from the disk's size alone: sizes in bytes, refcounts in bits."""
 
-    virtual_size    bytes, a multiple of 512
-    cluster_size    bytes
-    refcount_bits   width of a refcount
-    is_extended     L2 entries are extended
-    """
-
-    virtual_size: int
+    virtual_size: int  # a multiple of 512
     cluster_size: int
     refcount_bits: int
-    is_extended: bool = False
+    is_extended: bool = False  # L2 entries are extended
 
     @property
     def cluster_count(self) -> int:
         """Guest clusters, the last of which may be partial."""
         return div_up(self.virtual_size, self.cluster_size)
-
-    @property
-    def table_entries(self) -> int:
-        """Entries of one cluster of the L1 or the refcount table."""
-        return self.cluster_size // ENTRY_SIZE
 
     @property
     def l2_entries(self) -> int:
@@ -3623,19 +3629,12 @@ class Geometry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where each part of the image is: offsets in bytes from the start of the file.
-
-    geometry                of the disk
-    sizes                   bytes of each compressed cluster; they follow the others
-    refcount_table_clusters clusters of the refcount table, which follows the header's
-    refcount_blocks         refcount blocks, a cluster each
-    l1_clusters             clusters of the L1 table
-    """
+    """Where each part of the image is: offsets in bytes from the start of the file."""
 
     geometry: Geometry
-    sizes: Sequence[int]
+    sizes: Sequence[int]  # bytes of each compressed cluster; they follow the others
     refcount_table_clusters: int
-    refcount_blocks: int
+    refcount_blocks: int  # a cluster each
     l1_clusters: int
     refcount_table_offset: int
     refcount_block_offset: int
@@ -3658,33 +3657,29 @@ class Plan(NamedTuple):
 
     def refuse_if_too_large(self) -> None:
         """Raise Error for an image that QEMU could not open."""
-        size = self.geometry.cluster_size
+        size, bits = self.geometry.cluster_size, compressed_offset_bits(self.geometry.cluster_size)
+        trouble = None
         if self.refcount_table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
-            raise Error(
-                f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which QEMU "
-                f"can't open, with clusters of {size} bytes and refcounts of "
+            trouble = (
+                f"a refcount table over 8 MiB, with clusters of {size} bytes and refcounts of "
                 f"{self.geometry.refcount_bits} bits; choose a larger --cluster-size or fewer "
                 "--refcount-bits"
             )
-        if self.file_size > MAX_HOST_OFFSET:
-            raise Error(
-                f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 can't "
-                "express; export fewer data"
+        elif self.file_size > MAX_HOST_OFFSET:
+            trouble = "host offsets past 2^56; export fewer data"
+        elif self.sizes and self.file_size > 1 << bits:
+            trouble = (
+                f"compressed clusters past 2^{bits}, with clusters of {size} bytes; choose a "
+                "smaller --cluster-size, or leave --compress out"
             )
-        bits = compressed_offset_bits(size)
-        if self.sizes and self.file_size > 1 << bits:
-            raise Error(
-                f"an image of {self.file_size} bytes has compressed clusters past 2^{bits}, which "
-                f"qcow2 can't express with clusters of {size} bytes; choose a smaller "
-                "--cluster-size, or leave --compress out"
-            )
+        if trouble:
+            raise Error(f"an image of {self.file_size} bytes has what QEMU can't open: {trouble}")
 
 
 def packed_offsets(sizes: Iterable[int], geometry: Geometry) -> Iterator[int]:
     """Where each compressed cluster begins, in bytes behind the first, and where the last ends.
 
-    A host cluster's refcount is the number of those that touch it: where that is full, the next
-    host cluster is begun.
+    Where as many touch a host cluster as its refcount can say, the next one is begun.
     """
     most = (1 << geometry.refcount_bits) - 1
     position = touching = 0
@@ -3708,13 +3703,13 @@ def make_plan(
     """
     size = geometry.cluster_size
     block_entries = size * 8 // geometry.refcount_bits
-    l1_clusters = div_up(geometry.l1_entries, geometry.table_entries)
+    l1_clusters = div_up(geometry.l1_entries * ENTRY_SIZE, size)
     (packed_size,) = collections.deque(packed_offsets(sizes, geometry), maxlen=1)
     others = 1 + l1_clusters + l2_tables + data_clusters + div_up(packed_size, size)
     blocks = tables = 0
     needed = div_up(others, block_entries)
     while needed != blocks:
-        blocks, tables = needed, div_up(needed, geometry.table_entries)
+        blocks, tables = needed, div_up(needed * ENTRY_SIZE, size)
         needed = div_up(others + tables + blocks, block_entries)
     counts = (1, tables, blocks, l1_clusters, l2_tables, data_clusters)
     offsets = [size * end for end in itertools.accumulate(counts)]
@@ -3827,10 +3822,8 @@ class Output:
 
     def write_zeros(self, count: int) -> None:
         """Write `count` zeros."""
-        while count:
-            step = min(count, WRITE_SIZE)
-            self.write(zeros(step))
-            count -= step
+        for left in range(count, 0, -WRITE_SIZE):
+            self.write(zeros(min(left, WRITE_SIZE)))
 
     def send(self, file: Any, offset: int, length: int) -> None:
         """Write bytes of a file, perhaps together with those that follow them there."""
@@ -3855,10 +3848,9 @@ class Output:
     def finish(self) -> None:
         """Write the end, and see the reader off.
 
-        A reader that goes away while its bytes are still in the pipe or the socket has not got
-        the image. It is waited for as long as it reads, and END_TIMEOUT more. What a file system
-        says only when a file is closed is heard as well, and what a block device says only when
-        it is written back.
+        Raises ConsumerGone if it goes away while bytes are still in the pipe or the socket. It is
+        waited for as long as it reads, and END_TIMEOUT more. What a file system reports only when
+        a file is closed counts as well, and what a block device does when it is written back.
         """
         self._write_tail(MAX_SIZE)
         try:
@@ -3952,23 +3944,18 @@ def socket_kind(fd: int) -> Tuple[int, bool]:
 
 
 def see_reader_off(fd: int, is_socket: bool) -> None:
-    """Wait until the reader has taken what is in a pipe or socket. Raises ConsumerGone.
-
-    As long as it reads, and END_TIMEOUT more.
-    """
+    """Wait until the reader has taken what is in a pipe or socket: see Output.finish()."""
     request = termios.TIOCOUTQ if is_socket else termios.FIONREAD
     poll = select.poll()
-    poll.register(fd, 0)  # only that the reader has gone, or an error
+    poll.register(fd, 0)  # hangups and errors alone
     left, since = MAX_SIZE, time.monotonic()
     while time.monotonic() < since + END_TIMEOUT:
         # First whether the reader has gone, then what it has left: not the other way round.
         is_gone = bool(poll.poll(0 if left == MAX_SIZE else END_INTERVAL))
         try:
             os.write(fd, b"")  # asks a socket whether its other end still reads
-        except BlockingIOError:
-            pass
-        except OSError:
-            is_gone = True
+        except OSError as error:
+            is_gone = is_gone or not isinstance(error, BlockingIOError)
         try:
             answer = fcntl.ioctl(fd, request, bytes(4))
         except OSError:  # not on this system
@@ -4034,14 +4021,14 @@ class OutputGuard:
         """Raise Error if the output would overwrite a disk that is read, or grow into it."""
         for label, fd in watch.identities() if self._is_on_disk else ():
             theirs = file_identity(os.fstat(fd))
-            if have_common_bytes(same_bytes(self._identity, self._fd), all_below(theirs, fd)):
+            if overlap(same_bytes(self._identity, self._fd), all_below(theirs, fd)):
                 size = os.lseek(fd, 0, os.SEEK_END)
                 fate = "would be overwritten" if size else "is empty now: has > emptied it?"
                 raise Error(
                     f"standard output is {label} itself, or lies on it, which {fate}; write the "
                     "image elsewhere"
                 )
-            if have_common_bytes(all_below(self._identity, self._fd), same_bytes(theirs, fd)):
+            if overlap(all_below(self._identity, self._fd), same_bytes(theirs, fd)):
                 raise Error(
                     f"standard output lies in a file system on {label}: the image would grow into "
                     "what is read; write it elsewhere"
@@ -4091,7 +4078,7 @@ def is_in_use(device: int) -> bool:
     with ignore_unavailable():
         for name in os.listdir(folder):
             if os.path.exists(f"{folder}/{name}/partition"):
-                numbers.append(read_text(f"{folder}/{name}/dev"))
+                numbers.append("{}:{}".format(*sys_numbers(f"{folder}/{name}/dev")))
         if os.listdir(f"{folder}/holders"):
             return True
     return is_mounted(numbers)
@@ -4115,12 +4102,12 @@ def same_bytes(
             shown, first, last = shown_by_loop(os.path.basename(folder), fd)
             found += same_bytes(shown, None, first + start, min(first + end, last))
     with ignore_unavailable():
-        first, length = (int(read_text(f"{folder}/{name}")) << 9 for name in ("start", "size"))
-        disk = device_number(os.path.dirname(folder))
+        first, length = (sys_numbers(f"{folder}/{name}")[0] << 9 for name in ("start", "size"))
+        disk = os.makedev(*sys_numbers(f"{os.path.dirname(folder)}/dev"))
         found += same_bytes((disk,), None, first + start, first + min(end, length))
     with ignore_unavailable():
         for name in os.listdir(f"{folder}/slaves"):
-            found += same_bytes((device_number(f"{folder}/slaves/{name}"),))
+            found += same_bytes((os.makedev(*sys_numbers(f"{folder}/slaves/{name}/dev")),))
     return found
 
 
@@ -4136,32 +4123,23 @@ def all_below(identity: Tuple[int, ...], fd: int) -> List[Stretch]:
     return found
 
 
-def have_common_bytes(ours: Iterable[Stretch], theirs: List[Stretch]) -> bool:
-    """Whether any two stretches overlap."""
+def overlap(ours: List[Stretch], theirs: List[Stretch]) -> bool:
+    """Whether any two stretches have a byte in common."""
     return any(
-        mine[0] == yours[0] and mine[1] < yours[2] and yours[1] < mine[2]
-        for mine in ours
-        for yours in theirs
+        identity == other and start < last and first < end
+        for identity, start, end in ours
+        for other, first, last in theirs
     )
 
 
-def read_text(path: str) -> str:
-    """What a small file says, such as one of /sys."""
+def sys_numbers(path: str) -> List[int]:
+    """The numbers in a file of /sys: in `dev`, a device's major and minor one."""
     with open(path) as file:
-        return file.read().strip()
-
-
-def device_number(folder: str) -> int:
-    """The number of the block device that /sys describes in a folder."""
-    major, minor = map(int, read_text(f"{folder}/dev").split(":"))
-    return os.makedev(major, minor)
+        return list(map(int, file.read().split(":")))
 
 
 def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
-    """What a loop device shows. The device itself is asked: its file may have another name now.
-
-    fd      a descriptor of it: without one, its name in /dev is needed
-    """
+    """What a loop device shows. It is asked itself: its file may have another name now."""
     # To close a descriptor of the output's would give up its lock.
     device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
     try:
@@ -4176,22 +4154,14 @@ def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
 
 
 class Header(NamedTuple):
-    """What the first cluster says beside the plan.
+    """What the first cluster says beside the plan. Names are as they stand there, or None."""
 
-    version         3, or 2, which has neither feature bits nor a zero flag
-    data_file_name  of the external data file, as it stands in the header, or None
-    data_file_raw   the data file is kept identical to the disk's content
-    backing_file    its name, as it stands in the header, or None
-    backing_format  of the backing file, such as b"raw"
-    compression     how clusters are compressed: zlib or zstd
-    """
-
-    version: int = 3
-    data_file_name: Optional[bytes] = None
-    data_file_raw: bool = False
-    backing_file: Optional[bytes] = None
-    backing_format: bytes = b""
-    compression: str = "zlib"
+    version: int  # 3, or 2, which has neither feature bits nor a zero flag
+    data_file_name: Optional[bytes]  # of an external data file
+    data_file_raw: bool  # the data file is kept identical to the disk's content
+    backing_file: Optional[bytes]
+    backing_format: bytes
+    compression: str  # of clusters, if any are: zlib or zstd
 
     def extensions(self, cluster_size: int) -> bytes:
         """The header extensions, without the one that ends them.
@@ -4252,17 +4222,19 @@ class Header(NamedTuple):
         return cluster.ljust(geometry.cluster_size, b"\0")
 
 
+def packed_range(first: int, step: int, count: int) -> Iterator[bytes]:
+    """`count` table entries that rise evenly, in pieces."""
+    some = WRITE_SIZE // ENTRY_SIZE
+    for done in range(0, count, some):
+        yield pack_entries(entry_range(first + done * step, step, min(some, count - done)))
+
+
 def refcount_area(plan: Plan) -> Iterator[bytes]:
     """The refcount table and its blocks (section "Host cluster management")."""
-    size = plan.geometry.cluster_size
-    step = WRITE_SIZE // ENTRY_SIZE
-    for start in range(0, plan.refcount_blocks, step):
-        count = min(step, plan.refcount_blocks - start)
-        first = plan.refcount_block_offset + start * size
-        yield pack_entries(entry_range(first, size, count))
+    size, bits = plan.geometry.cluster_size, plan.geometry.refcount_bits
+    yield from packed_range(plan.refcount_block_offset, size, plan.refcount_blocks)
     yield bytes(plan.refcount_table_clusters * size - plan.refcount_blocks * ENTRY_SIZE)
 
-    bits = plan.geometry.refcount_bits
     block_entries = size * 8 // bits
     full_blocks, rest = divmod(plan.packed_offset // size, block_entries)
     yield from itertools.repeat(refcount_ones(block_entries, bits), full_blocks)
@@ -4288,19 +4260,16 @@ def packed_refcounts(plan: Plan) -> Iterator[int]:
 def l1_table(plan: Plan, cluster_map: ClusterMap) -> Iterator[bytes]:
     """The L1 table (section "Cluster mapping"), an entry for each L2 table."""
     size = plan.geometry.cluster_size
-    step = WRITE_SIZE // ENTRY_SIZE
     left = plan.geometry.l1_entries
     next_entry = plan.l2_table_offset | OFLAG_COPIED
     for tables, in_use in cluster_map.tables_in_use():
-        run = min(tables, left)
-        left -= run
-        for start in range(0, run, step):
-            count = min(step, run - start)
-            if in_use:
-                yield pack_entries(entry_range(next_entry, size, count))
-                next_entry += count * size
-            else:
-                yield bytes(count * ENTRY_SIZE)
+        count = min(tables, left)
+        left -= count
+        if in_use:
+            yield from packed_range(next_entry, size, count)
+            next_entry += count * size
+        else:
+            yield bytes(count * ENTRY_SIZE)
     yield bytes(plan.l1_clusters * size - plan.geometry.l1_entries * ENTRY_SIZE)
 
 
@@ -4334,7 +4303,7 @@ def mixed_l2_tables(
     states: bytes,
     entries: int,
     next_entry: int,
-    cluster_size: int,
+    size: int,
     in_place: bool,
     compressed: Iterator[int],
 ) -> Iterator[bytes]:
@@ -4343,11 +4312,11 @@ def mixed_l2_tables(
     The loops over entries are those of map() and accumulate(): runs may be short.
     """
     is_data = states.translate(_IS_DATA)
-    stop = next_entry + len(states) * cluster_size
+    stop = next_entry + len(states) * size
     if in_place:
-        values = range(next_entry, stop, cluster_size)  # type: Iterable[int]
+        values = range(next_entry, stop, size)  # type: Iterable[int]
     else:  # the n-th cluster of data has the n-th offset
-        nth = range(next_entry - cluster_size, stop, cluster_size)
+        nth = range(next_entry - size, stop, size)
         values = map(nth.__getitem__, itertools.accumulate(is_data))
     page = map(operator.mul, is_data, values)  # type: Iterator[int]
     if states.count(ZERO):
@@ -4399,34 +4368,27 @@ def copy_data(
     are read in one call, with what is between them, and written in one. What must be inflated
     or comes from a server is fetched ahead by the readers.
     """
-    slices = [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
     jobs = copy_jobs(source, cluster_map, cluster_size)
-    for (start, end, states, extents), fetched in readers.in_order(
-        jobs, READ_AHEAD_ITEMS, READ_AHEAD
-    ):
-        if states:
-            data = fetch(source, start, end, extents) if fetched is None else fetched
-            chosen = itertools.compress(slices, states.translate(_IS_DATA))
-            output.write(b"".join(map(data.__getitem__, chosen)))
-        elif fetched is not None:
-            output.write(fetched)
-        else:
-            position = start
-            for first, stop, file, offset, _ in extents:
-                if position < first:  # what is stored nowhere is zeros
-                    output.write_zeros(first - position)
-                output.send(file, offset, stop - first)
-                position = stop
-            output.write_zeros(end - position)
+    for (start, end, extents, read), data in readers.in_order(jobs, READ_AHEAD_ITEMS, READ_AHEAD):
+        if read is not None:
+            output.write(read() if data is None else data)
+            continue
+        position = start
+        for first, stop, file, offset, _ in extents:
+            if position < first:  # what is stored nowhere is zeros
+                output.write_zeros(first - position)
+            output.send(file, offset, stop - first)
+            position = stop
+        output.write_zeros(end - position)
 
 
 def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Iterator[Job]:
-    """Pieces with data (start, end, states, extents), and what a reader is to do for each.
+    """Pieces with data (start, end, extents, how they are read), and what a reader is to read.
 
-    states  empty if all of a piece is data; else many short runs lie close together in it, and
-            this is the state of each cluster
+    A piece that nobody need read goes from its file to the output.
     """
-    cutter = Cutter(source.extents())
+    cutter = Cutter(source.places())
+    slices = [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
     gap = (GATHER_GAP - 1) // cluster_size
     for first, last, states in cluster_map.data_runs(SENDFILE_MIN // cluster_size, gap):
         step = max(1, (WRITE_SIZE if states else FETCH_SIZE) // cluster_size)
@@ -4434,31 +4396,28 @@ def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Ite
             high = min(low + step, last)
             start, end = low * cluster_size, high * cluster_size
             extents = cutter.take(start, end)
-            work = None
+            is_far = source.is_salvaged
             for at, to, file, offset, stored in extents:
-                if stored or file.is_remote or source.is_salvaged:
-                    work = functools.partial(fetch, source, start, end, extents)
-                    break
-                file.advise(offset, to - at, "WILLNEED")
-            yield (
-                (start, end, states[low - first : high - first], extents),
-                end - start,
-                work,
-                False,
-            )
+                if stored or file.is_remote:
+                    is_far = True
+                elif not is_far:
+                    file.advise(offset, to - at, "WILLNEED")
+            read = chosen = None
+            if states:
+                some = states[low - first : high - first].translate(_IS_DATA)
+                chosen = itertools.compress(slices, some)
+            if is_far or states:
+                read = functools.partial(fetch, source, start, end, extents, chosen)
+            yield (start, end, extents, read), end - start, read if is_far else None, False
 
 
 def fetch(
-    source: Source,
-    start: int,
-    end: int,
-    extents: Sequence[Extent],
-    _scratch: Optional[Scratch] = None,
-) -> bytearray:
-    """The guest bytes from start to end."""
+    source: Source, start: int, end: int, extents: Sequence[Extent], chosen: Any, *_: Scratch
+) -> Union[bytes, bytearray]:
+    """The guest bytes from start to end, or the slices of them that are chosen."""
     data = bytearray(end - start)
     source.read_into(memoryview(data), start, extents)
-    return data
+    return data if chosen is None else b"".join(map(data.__getitem__, chosen))
 
 
 def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
@@ -4483,11 +4442,7 @@ def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
 
 
 def write_compressed(
-    output: Output,
-    plan: Plan,
-    cluster_map: ClusterMap,
-    readers: Readers,
-    packer: Packer,
+    output: Output, plan: Plan, cluster_map: ClusterMap, readers: Readers, packer: Packer
 ) -> None:
     """Write the compressed clusters, in guest order, up to the end of the file.
 
@@ -4496,27 +4451,28 @@ def write_compressed(
     places = plan.compressed()
     position = plan.packed_offset
     packer.kept.seek(0)
-    jobs = compressed_jobs(cluster_map, packer)
     ahead = AHEAD_ITEMS * readers.count
-    for (clusters, passed), packed in readers.in_order(jobs, ahead, READ_AHEAD):
+    for (clusters, passed), packed in readers.in_order(
+        compressed_jobs(cluster_map, packer), ahead, READ_AHEAD
+    ):
         blobs = iter(packed.data if packed else ())
         for cluster in clusters:
-            offset, length = next(places)
+            offset, size = next(places)
             output.write_zeros(offset - position)
             if cluster in passed:
                 file, start, found = passed[cluster]
                 output.send(file, start, found)
             else:
-                blob = next(blobs, b"") if packed else packer.kept.read(length)
+                blob = next(blobs, b"") if packed else packer.kept.read(size)
                 output.write(blob)
                 found = len(blob)
-            if found != length:
+            if found != size:
                 raise Error(
                     "INPUT changed while it was read: what lies at offset "
                     f"{cluster * packer.cluster_size} compresses to another size; the image is not "
                     "whole, export a snapshot instead"
                 )
-            position = offset + length
+            position = offset + size
     output.write_zeros(plan.file_size - position)
 
 
