@@ -665,8 +665,8 @@ class Source:
         """
         raise NotImplementedError
 
-    def places(self) -> Iterator[Extent]:
-        """The same, and perhaps holes beside them, which their file reads as zeros."""
+    def copy_extents(self) -> Iterator[Extent]:
+        """The same for the copy: perhaps with holes, which their file reads as zeros."""
         return self.extents()
 
     def finish(self) -> Optional[str]:
@@ -718,8 +718,8 @@ class RawSource(Source):
             if start < self.size:
                 yield start, min(end, self.size), self.file, start, 0
 
-    def places(self) -> Iterator[Extent]:
-        """The same with all holes: a page of zeros is sent faster than a hole is asked for."""
+    def copy_extents(self) -> Iterator[Extent]:
+        """The whole file: zeros of a hole are sent faster than the hole is asked for."""
         if self._ranges is not None or self.file.is_remote:
             return self.extents()
         return iter([(0, self.size, self.file, 0, 0)] if self.size else [])
@@ -3778,7 +3778,8 @@ class Output:
         # A file or a disk is always said to be ready, even one that asks to try again.
         self._may_wait = not (self._is_device or stat.S_ISREG(mode))
         # What others write into the same file, sendfile() would not notice.
-        self._can_sendfile = hasattr(os, "sendfile") and not stderr_is_the_output()
+        is_shared = not self._may_wait and stderr_is_the_output()
+        self._can_sendfile = hasattr(os, "sendfile") and not is_shared
         if self._is_socket:
             self._look_at_socket()
         elif self._is_pipe and not is_text:
@@ -3869,9 +3870,8 @@ class Output:
         self._file = None
         if end - offset >= SENDFILE_MIN and self._can_sendfile and file.fd is not None:
             self._write_pending()
-            offset = self._sendfile(
-                file.fd, offset, min(end, offset + self._tail_start - self.written)
-            )
+            room = self._tail_start - self.written
+            offset = self._sendfile(file.fd, offset, min(end, offset + room))
         while offset < end:
             data = bytearray(min(end - offset, WRITE_SIZE))
             file.read_into(memoryview(data), offset)
@@ -4053,7 +4053,7 @@ class OutputGuard:
                 )
         return path
 
-    def check_that_all_is_there(self) -> None:
+    def check_intact(self) -> None:
         """Raise Error if somebody else has written to the file, or emptied it (`> FILE`)."""
         if self._start is None:
             return
@@ -4387,7 +4387,7 @@ def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Ite
 
     A piece that nobody need read goes from its file to the output.
     """
-    cutter = Cutter(source.places())
+    cutter = Cutter(source.copy_extents())
     slices = [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
     gap = (GATHER_GAP - 1) // cluster_size
     for first, last, states in cluster_map.data_runs(SENDFILE_MIN // cluster_size, gap):
@@ -4448,7 +4448,7 @@ def write_compressed(
 
     Raises Error if one has another size than before.
     """
-    places = plan.compressed()
+    targets = plan.compressed()
     position = plan.packed_offset
     packer.kept.seek(0)
     ahead = AHEAD_ITEMS * readers.count
@@ -4457,7 +4457,7 @@ def write_compressed(
     ):
         blobs = iter(packed.data if packed else ())
         for cluster in clusters:
-            offset, size = next(places)
+            offset, size = next(targets)
             output.write_zeros(offset - position)
             if cluster in passed:
                 file, start, found = passed[cluster]
@@ -5047,7 +5047,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     progress.end_watch()
     output.finish()
     if guard:
-        guard.check_that_all_is_there()
+        guard.check_intact()
     data = (cluster_map.data_clusters + len(cluster_map.sizes)) * cluster_size
     progress.finish(size, min(size, data), plan.file_size, plan.saved)
     if warning:
