@@ -59,6 +59,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -651,6 +652,7 @@ class Source:
     """A disk of `size` bytes (not rounded to sectors), and what would change it if it changed."""
 
     is_salvaged = False  # no file of it may be read but by read_into()
+    images = ()  # type: Sequence[Any]  # the Qcow2Images of which clusters may be passed through
 
     def __init__(self, size: int, watch: Watch) -> None:
         self.size = size
@@ -662,6 +664,10 @@ class Source:
         Lazily, and anew with each call.
         """
         raise NotImplementedError
+
+    def copy_extents(self) -> Iterator[Extent]:
+        """The same for the copy: perhaps with holes, which their file reads as zeros."""
+        return self.extents()
 
     def finish(self) -> Optional[str]:
         """Expect the end of a stream. Returns a warning, or None."""
@@ -711,6 +717,12 @@ class RawSource(Source):
         for start, end in self.file.data_ranges(self.size) if known is None else joined(known):
             if start < self.size:
                 yield start, min(end, self.size), self.file, start, 0
+
+    def copy_extents(self) -> Iterator[Extent]:
+        """The whole file: zeros of a hole are sent faster than the hole is asked for."""
+        if self._ranges is not None or self.file.is_remote:
+            return self.extents()
+        return iter([(0, self.size, self.file, 0, 0)] if self.size else [])
 
 
 class SalvageSource(Source):
@@ -1351,6 +1363,7 @@ class ChainSource(Source):
     def __init__(self, members: Sequence[Any], watch: Watch) -> None:
         super().__init__(members[0].size, watch)
         self._members = members
+        self.images = [member for member in members if isinstance(member, Qcow2Image)]
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
@@ -2463,6 +2476,7 @@ SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch 
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
 FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
+SAMPLE_SIZE = 4 << 10  # bytes of a cluster that hint at whether all of it would shrink
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
 MANY_EXTENTS = 256  # of a share: each is too small to be worth a thread's switch
@@ -3093,7 +3107,7 @@ def believed_steps(layout: "Layout", state: int, size: int, cluster_size: int) -
     return known_steps(rows, div_up(size, cluster_size))
 
 
-def deflate(data: bytes) -> bytes:
+def compress_zlib(data: bytes) -> bytes:
     """A cluster as raw deflate, byte for byte as QEMU has it."""
     import zlib
 
@@ -3101,36 +3115,43 @@ def deflate(data: bytes) -> bytes:
     return stream.compress(data) + stream.flush()
 
 
-def zstd_compressor() -> Callable[[bytes], bytes]:
-    """What makes one frame of zstd of a cluster, in any thread. Raises Error without zstd."""
+def compress_zstd(data: bytes) -> bytes:
+    """A cluster as one frame of zstd, byte for byte as QEMU has it."""
     library = libzstd()
     if library is None:
-        try:
-            zstd = import_zstd()
-        except ImportError as error:
-            raise Error(
-                "--compress zstd needs libzstd.so.1 (Debian: libzstd1) or Python 3.14; install one "
-                "of them, or use --compress zlib"
-            ) from error
-        return lambda data: bytes(zstd.compress(data, ZSTD_LEVEL))
+        return bytes(import_zstd().compress(data, ZSTD_LEVEL))
     import ctypes
     import threading
 
-    local = threading.local()
+    context, target = zstd_encoder(threading.get_ident())
+    count = library.ZSTD_compressCCtx(context, target, len(target), data, len(data), ZSTD_LEVEL)
+    if library.ZSTD_isError(count):  # the one reason that is left
+        raise MemoryError
+    return ctypes.string_at(target, count)
 
-    def compress(data: bytes) -> bytes:
-        if not hasattr(local, "output"):
-            local.context = library.ZSTD_createCCtx()
-            local.output = ctypes.create_string_buffer(library.ZSTD_compressBound(len(data)))
-        output = local.output
-        count = library.ZSTD_compressCCtx(
-            local.context, output, len(output), data, len(data), ZSTD_LEVEL
-        )
-        if library.ZSTD_isError(count):  # the one reason that is left
-            raise MemoryError
-        return ctypes.string_at(output, count)
 
-    return compress
+@functools.lru_cache(maxsize=None)
+def zstd_encoder(_thread: int) -> Tuple[Any, Any]:
+    """What a thread compresses with, and where to: a context, and a buffer for any cluster."""
+    import ctypes
+
+    library = libzstd()
+    size = library.ZSTD_compressBound(CLUSTER_SIZES[-1])
+    return library.ZSTD_createCCtx(), ctypes.create_string_buffer(size)
+
+
+def compressor(kind: str) -> Callable[[bytes], bytes]:
+    """What compresses a cluster, in any thread. Raises Error where zstd is missing."""
+    if kind == "zlib":
+        return compress_zlib
+    try:
+        _ = libzstd() or import_zstd()
+    except ImportError as error:
+        raise Error(
+            "--compress zstd needs libzstd.so.1 (Debian: libzstd1) or Python 3.14; install one of "
+            "them, or use --compress zlib"
+        ) from error
+    return compress_zstd
 
 
 class Packed(NamedTuple):
@@ -3138,12 +3159,12 @@ class Packed(NamedTuple):
 
     states  a byte for each
     sizes   of those that are COMPRESSED, in bytes
-    data    of those that are not passed through
+    data    of those that are not passed through, each as it is compressed
     """
 
     states: bytes
     sizes: List[int]
-    data: bytes
+    data: List[bytes]
 
 
 class Packer:
@@ -3153,7 +3174,8 @@ class Packer:
     into the stream as they are. Of the others, the first ones wait in memory for the copy.
 
     share       clusters that a reader takes at once
-    kept_end    the guest cluster before which all are in memory
+    kept        a memory file with what the first clusters became, one after the other
+    kept_end    the guest cluster before which all are in it
     """
 
     def __init__(self, cluster_size: int, disk: Source, kind: str, memory: int) -> None:
@@ -3163,14 +3185,17 @@ class Packer:
         self.cluster_size = cluster_size
         self.disk = disk
         self.share = max(1, PACK_SIZE // cluster_size)
-        self.kept_end = 0
-        self._kind = kind
-        self._compress = deflate if kind == "zlib" else zstd_compressor()
-        self._offsets = {}  # type: Dict[Any, array[int]]  # of all that an image holds compressed
+        self._compress = compressor(kind)
+        # Where the files of images hold what is compressed in our way, sorted.
+        self._offsets = {
+            image.file: image.compressed_offsets()
+            for image in disk.images
+            if (image.cluster_size, image.compression_type) == (cluster_size, kind)
+        }  # type: Dict[Any, array[int]]
         # Its pages take memory only as they are filled.
-        self._kept = mmap.mmap(-1, memory + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.kept = mmap.mmap(-1, memory + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.kept_end = 0
         self._left = memory
-        self._taken = 0
 
     def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Steps of which the data is compressed as well."""
@@ -3201,6 +3226,7 @@ class Packer:
             if left[cluster - first]:
                 left[cluster - first] = 0
                 sizes[cluster - first] = length
+        doubtful = self._doubtful(extents)
         blobs = []
         cutter = Cutter(extents)
         for run in data_pattern(1, 0).finditer(left):
@@ -3210,53 +3236,51 @@ class Packer:
             self.disk.read_into(view, start, cutter.take(start, end))
             for index in range(low, high):
                 at = (index - low) * size
+                sample = bytes(view[at : at + SAMPLE_SIZE])
+                if first + index in doubtful and len(self._compress(sample)) >= len(sample):
+                    continue
                 blob = self._compress(bytes(view[at : at + size]))
                 if len(blob) < size:
                     sizes[index] = len(blob)
                     blobs.append(blob)
         packed = bytes(COMPRESSED if length else state for length, state in zip(sizes, states))
-        return Packed(packed, list(filter(None, sizes)), b"".join(blobs))
+        return Packed(packed, list(filter(None, sizes)), blobs)
+
+    def _doubtful(self, extents: Iterable[Extent]) -> Set[int]:
+        """Clusters that lie as they are in an image that holds others compressed in our way.
+
+        Its writer has found them not to shrink, or a guest has written there since: a sample
+        tells these apart, for a tenth of the time.
+        """
+        size = self.cluster_size
+        found = set()  # type: Set[int]
+        for start, end, file, _, stored in extents:
+            if not stored and size > SAMPLE_SIZE and self._offsets.get(file):
+                found.update(range(start // size, div_up(end, size)))
+        return found
 
     def passed(self, extents: Iterable[Extent]) -> Dict[int, Tuple[Any, int, int]]:
         """What an image holds in our way: (file, offset, length in bytes) by guest cluster."""
         size = self.cluster_size
         found = {}
         for start, end, image, offset, stored in extents:
-            if (
-                stored
-                and image.cluster_size == size
-                and image.compression_type == self._kind
-                and not start % size
-                and end == min(start + size, self.disk.size)
-                and not self.disk.is_salvaged
-            ):
-                length = self._exact_length(image, offset, stored)
-                if length:
+            offsets = self._offsets.get(image.file) if stored else None
+            if offsets and not start % size and end == min(start + size, self.disk.size):
+                # Its exact length is not recorded: it ends where the next one begins, or before.
+                index = bisect.bisect_right(offsets, offset)
+                following = offsets[index] if index < len(offsets) else image.file.size
+                length = min(stored, following - offset)
+                # One that begins before the last sector of another overlaps with it.
+                if stored - SECTOR_SIZE < length < size:
                     found[start // size] = (image.file, offset, length)
         return found
 
-    def _exact_length(self, image: Any, offset: int, stored: int) -> int:
-        """Bytes of a compressed cluster without what follows it; 0 where it can't be passed on."""
-        if image not in self._offsets:
-            self._offsets[image] = image.compressed_offsets()
-        offsets = self._offsets[image]
-        index = bisect.bisect_right(offsets, offset)
-        following = offsets[index] if index < len(offsets) else image.file.size
-        length = min(stored, following - offset)
-        # One that begins before the last sector of another overlaps with it.
-        return length if stored - SECTOR_SIZE < length < self.cluster_size else 0
-
-    def keep(self, data: bytes, end: int) -> None:
+    def keep(self, data: Sequence[bytes], end: int) -> None:
         """Keep what has become of the next clusters, before `end`, as long as there is room."""
-        self._left -= len(data)
+        self._left -= sum(map(len, data))
         if self._left >= 0:
-            self._kept.write(data)
+            self.kept.write(b"".join(data))
             self.kept_end = end
-
-    def take(self, length: int) -> bytes:
-        """The next bytes of what was kept."""
-        self._taken += length
-        return self._kept[self._taken - length : self._taken]
 
 
 def fill_map(
@@ -3604,28 +3628,17 @@ def read_info(text: str, what: str) -> Tuple[int, Optional[int]]:
 
 
 class Geometry(NamedTuple):
-    """What of the image follows from the disk's size alone.
+    """What of the image follows from the disk's size alone: sizes in bytes, refcounts in bits."""
 
-    virtual_size    bytes, a multiple of 512
-    cluster_size    bytes
-    refcount_bits   width of a refcount
-    is_extended     L2 entries are extended
-    """
-
-    virtual_size: int
+    virtual_size: int  # a multiple of 512
     cluster_size: int
     refcount_bits: int
-    is_extended: bool = False
+    is_extended: bool = False  # L2 entries are extended
 
     @property
     def cluster_count(self) -> int:
         """Guest clusters, the last of which may be partial."""
         return div_up(self.virtual_size, self.cluster_size)
-
-    @property
-    def table_entries(self) -> int:
-        """Entries of one cluster of the L1 or the refcount table."""
-        return self.cluster_size // ENTRY_SIZE
 
     @property
     def l2_entries(self) -> int:
@@ -3648,61 +3661,13 @@ class Geometry(NamedTuple):
             )
 
 
-class PackedArea(NamedTuple):
-    """The compressed clusters, in guest order, back to back by the byte.
-
-    sizes           of each, in bytes
-    cluster_size    bytes
-    refcount_bits   width of a refcount
-    """
-
-    sizes: Sequence[int]
-    cluster_size: int
-    refcount_bits: int
-
-    def offsets(self) -> Iterator[int]:
-        """Where each begins, in bytes from the start of the area, and where the last one ends.
-
-        A host cluster's refcount is the number of those that touch it: where that is full, the
-        next host cluster is begun.
-        """
-        most = (1 << self.refcount_bits) - 1
-        position = touching = 0
-        for length in self.sizes:
-            if touching == most:
-                position = align_up(position, self.cluster_size)
-                touching = 0
-            yield position
-            room = self.cluster_size - position % self.cluster_size
-            position += length
-            touching = touching + 1 if length < room else int(length > room)
-        yield position
-
-    def refcounts(self) -> Iterator[int]:
-        """Those of the host clusters."""
-        size = self.cluster_size
-        touched = (
-            cluster
-            for offset, length in zip(self.offsets(), self.sizes)
-            for cluster in range(offset // size, (offset + length - 1) // size + 1)
-        )
-        return (sum(1 for _ in group) for _, group in itertools.groupby(touched))
-
-
 class Plan(NamedTuple):
-    """Where each part of the image is: offsets in bytes from the start of the file.
-
-    geometry                of the disk
-    refcount_table_clusters clusters of the refcount table, which follows the header's
-    refcount_blocks         refcount blocks, a cluster each
-    l1_clusters             clusters of the L1 table
-    packed                  the compressed clusters, which follow the others
-    """
+    """Where each part of the image is: offsets in bytes from the start of the file."""
 
     geometry: Geometry
-    packed: PackedArea
+    sizes: Sequence[int]  # bytes of each compressed cluster; they follow the others
     refcount_table_clusters: int
-    refcount_blocks: int
+    refcount_blocks: int  # a cluster each
     l1_clusters: int
     refcount_table_offset: int
     refcount_block_offset: int
@@ -3715,31 +3680,51 @@ class Plan(NamedTuple):
     @property
     def saved(self) -> int:
         """Bytes that compression has saved."""
-        before = len(self.packed.sizes) * self.geometry.cluster_size
+        before = len(self.sizes) * self.geometry.cluster_size
         return before - (self.file_size - self.packed_offset)
+
+    def compressed(self) -> Iterator[Tuple[int, int]]:
+        """(offset, size) of each compressed cluster, in bytes."""
+        offsets = packed_offsets(self.sizes, self.geometry)
+        return ((self.packed_offset + offset, size) for offset, size in zip(offsets, self.sizes))
 
     def refuse_if_too_large(self) -> None:
         """Raise Error for an image that QEMU could not open."""
-        size = self.geometry.cluster_size
+        size, bits = self.geometry.cluster_size, compressed_offset_bits(self.geometry.cluster_size)
+        trouble = None
         if self.refcount_table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
-            raise Error(
-                f"an image of {self.file_size} bytes needs a refcount table over 8 MiB, which QEMU "
-                f"can't open, with clusters of {size} bytes and refcounts of "
+            trouble = (
+                f"a refcount table over 8 MiB, with clusters of {size} bytes and refcounts of "
                 f"{self.geometry.refcount_bits} bits; choose a larger --cluster-size or fewer "
                 "--refcount-bits"
             )
-        if self.file_size > MAX_HOST_OFFSET:
-            raise Error(
-                f"an image of {self.file_size} bytes has host offsets past 2^56, which qcow2 can't "
-                "express; export fewer data"
+        elif self.file_size > MAX_HOST_OFFSET:
+            trouble = "host offsets past 2^56; export fewer data"
+        elif self.sizes and self.file_size > 1 << bits:
+            trouble = (
+                f"compressed clusters past 2^{bits}, with clusters of {size} bytes; choose a "
+                "smaller --cluster-size, or leave --compress out"
             )
-        bits = compressed_offset_bits(size)
-        if self.packed.sizes and self.file_size > 1 << bits:
-            raise Error(
-                f"an image of {self.file_size} bytes has compressed clusters past 2^{bits}, which "
-                f"qcow2 can't express with clusters of {size} bytes; choose a smaller "
-                "--cluster-size, or leave --compress out"
-            )
+        if trouble:
+            raise Error(f"an image of {self.file_size} bytes has what QEMU can't open: {trouble}")
+
+
+def packed_offsets(sizes: Iterable[int], geometry: Geometry) -> Iterator[int]:
+    """Where each compressed cluster begins, in bytes behind the first, and where the last ends.
+
+    Where as many touch a host cluster as its refcount can say, the next one is begun.
+    """
+    most = (1 << geometry.refcount_bits) - 1
+    position = touching = 0
+    for size in sizes:
+        if touching == most:
+            position = align_up(position, geometry.cluster_size)
+            touching = 0
+        yield position
+        room = geometry.cluster_size - position % geometry.cluster_size
+        position += size
+        touching = touching + 1 if size < room else int(size > room)
+    yield position
 
 
 def make_plan(
@@ -3751,19 +3736,18 @@ def make_plan(
     """
     size = geometry.cluster_size
     block_entries = size * 8 // geometry.refcount_bits
-    l1_clusters = div_up(geometry.l1_entries, geometry.table_entries)
-    packed = PackedArea(sizes, size, geometry.refcount_bits)
-    (packed_size,) = collections.deque(packed.offsets(), maxlen=1)
+    l1_clusters = div_up(geometry.l1_entries * ENTRY_SIZE, size)
+    (packed_size,) = collections.deque(packed_offsets(sizes, geometry), maxlen=1)
     others = 1 + l1_clusters + l2_tables + data_clusters + div_up(packed_size, size)
     blocks = tables = 0
     needed = div_up(others, block_entries)
     while needed != blocks:
-        blocks, tables = needed, div_up(needed, geometry.table_entries)
+        blocks, tables = needed, div_up(needed * ENTRY_SIZE, size)
         needed = div_up(others + tables + blocks, block_entries)
     counts = (1, tables, blocks, l1_clusters, l2_tables, data_clusters)
     offsets = [size * end for end in itertools.accumulate(counts)]
     offsets.append(offsets[-1] + align_up(packed_size, SECTOR_SIZE))
-    return Plan(geometry, packed, tables, blocks, l1_clusters, *offsets)
+    return Plan(geometry, sizes, tables, blocks, l1_clusters, *offsets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3795,6 +3779,7 @@ class Output:
     """Standard output, whatever it is: pipe, socket or file, blocking or not.
 
     written     bytes that have left so far
+    head        the first of them
 
     What sendfile() puts into a pipe or a socket are the pages of the source's file: until the
     reader has taken them, they change with it. So the end of the image is kept in memory: once
@@ -3805,13 +3790,15 @@ class Output:
         """Raises Error if nothing can or should be written there: text may go to a terminal."""
         self.fd = fd
         self.written = 0
-        self.head = b""  # the first bytes
-        self._zero_copy_end = 0  # offset in the image up to which the source's pages may be sent
+        self.head = b""
         self._has_sent_pages = False
         self._channel_size = 0  # bytes that a pipe or a local socket holds
         self._tail_start = MAX_SIZE  # offset in the image from which on it is kept in memory
         self._pending = []  # type: List[Union[bytes, bytearray]]
         self._pending_size = 0
+        # A run of a file's bytes that comes behind all that.
+        self._file = None  # type: Any
+        self._start = self._end = 0
         try:
             mode = os.fstat(fd).st_mode
         except OSError as error:
@@ -3823,11 +3810,13 @@ class Output:
         self._is_device = stat.S_ISBLK(mode)
         # A file or a disk is always said to be ready, even one that asks to try again.
         self._may_wait = not (self._is_device or stat.S_ISREG(mode))
-        self.can_sendfile = hasattr(os, "sendfile")
+        # What others write into the same file, sendfile() would not notice.
+        is_shared = not self._may_wait and stderr_is_the_output()
+        self._can_sendfile = hasattr(os, "sendfile") and not is_shared
         if self._is_socket:
             self._look_at_socket()
-        elif self._is_pipe:
-            self._look_at_pipe(is_text)
+        elif self._is_pipe and not is_text:
+            self._enlarge_pipe()
 
     def _look_at_socket(self) -> None:
         import socket
@@ -3838,14 +3827,13 @@ class Output:
             raise Error(f"cannot look at standard output: {reason(error)}") from error
         if kind != socket.SOCK_STREAM:  # a reader with a short buffer loses the end of each packet
             raise Error("standard output is a socket of packets; give it a stream")
-        # A TCP receiver on this host may have pages in its queue, and nothing tells how many.
-        self.can_sendfile = self.can_sendfile and is_local
+        # A TCP receiver on this host may have any number of pages in its queue.
+        self._can_sendfile = self._can_sendfile and is_local
         self._channel_size = SOCKET_SIZE if is_local else 0
 
-    def _look_at_pipe(self, is_text: bool) -> None:
-
+    def _enlarge_pipe(self) -> None:
         self._channel_size = 64 << 10
-        if sys.platform.startswith("linux") and not is_text:
+        if sys.platform.startswith("linux"):
             wanted = USER_PIPE_SIZE if os.geteuid() else PIPE_SIZE
             with contextlib.suppress(OSError):  # a limit of the user's; the pipe stays as it is
                 self._channel_size = fcntl.fcntl(self.fd, F_GETPIPE_SZ)
@@ -3854,48 +3842,37 @@ class Output:
 
     def begin(self, size: int) -> None:
         """Take note of how long the image will be: its end is kept in memory."""
-        self._zero_copy_end = size
         if self._is_pipe or self._is_socket:
             self._tail_start = size - max(TAIL_SIZE, self._channel_size)
-            self._zero_copy_end = self._tail_start
 
     def write(self, data: Union[bytes, bytearray]) -> None:
         """Write bytes, perhaps a little later."""
+        if self._file is not None:
+            self._send_run()
         self._pending.append(data)
         self._pending_size += len(data)
         if self._pending_size >= WRITE_SIZE:
-            self.flush()
+            self._write_pending()
 
     def write_zeros(self, count: int) -> None:
         """Write `count` zeros."""
-        while count:
-            step = min(count, WRITE_SIZE)
-            self.write(zeros(step))
-            count -= step
+        for left in range(count, 0, -WRITE_SIZE):
+            self.write(zeros(min(left, WRITE_SIZE)))
+
+    def send(self, file: Any, offset: int, length: int) -> None:
+        """Write bytes of a file, perhaps together with those that follow them there."""
+        if file is self._file and offset == self._end:
+            self._end += length
+        else:
+            self._send_run()
+            self._file, self._start, self._end = file, offset, offset + length
+        if self._end - self._start >= COPY_SIZE:
+            self._send_run()
 
     def flush(self) -> None:
         """Write what is pending, but for the image's end."""
-        length = self._pending_size if self.written < self._tail_start else 0
-        if not length:
-            return
-        pending, self._pending, self._pending_size = self._pending, [], 0
-        self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
-
-    def send(self, file: Any, offset: int, length: int) -> None:
-        """Write `length` bytes of a file, from offset on."""
-        self.flush()
-        within = min(length, self._zero_copy_end - self.written - self._pending_size)
-        if self.can_sendfile and within > 0 and file.fd is not None:
-            sent = self._sendfile(file.fd, offset, within)
-            offset += sent
-            length -= sent
-        while length:
-            data = bytearray(min(length, WRITE_SIZE))
-            file.read_into(memoryview(data), offset)
-            self.write(data)
-            self.flush()
-            offset += len(data)
-            length -= len(data)
+        self._send_run()
+        self._write_pending()
 
     def settle(self) -> None:
         """Wait until none of the source's pages is on its way to the reader."""
@@ -3905,10 +3882,9 @@ class Output:
     def finish(self) -> None:
         """Write the end, and see the reader off.
 
-        A reader that goes away while its bytes are still in the pipe or the socket has not got
-        the image. It is waited for as long as it reads, and END_TIMEOUT more. What a file system
-        says only when a file is closed is heard as well, and what a block device says only when
-        it is written back.
+        Raises ConsumerGone if it goes away while bytes are still in the pipe or the socket. It is
+        waited for as long as it reads, and END_TIMEOUT more. What a file system reports only when
+        a file is closed counts as well, and what a block device does when it is written back.
         """
         self._write_tail(MAX_SIZE)
         try:
@@ -3919,6 +3895,26 @@ class Output:
             raise self._write_error(error) from error
         if self._is_pipe or self._is_socket:
             see_reader_off(self.fd, self._is_socket)
+
+    def _send_run(self) -> None:
+        file, offset, end = self._file, self._start, self._end
+        if file is None:
+            return
+        self._file = None
+        if end - offset >= SENDFILE_MIN and self._can_sendfile and file.fd is not None:
+            self._write_pending()
+            room = self._tail_start - self.written
+            offset = self._sendfile(file.fd, offset, min(end, offset + room))
+        while offset < end:
+            data = bytearray(min(end - offset, WRITE_SIZE))
+            file.read_into(memoryview(data), offset)
+            self.write(data)
+            offset += len(data)
+
+    def _write_pending(self) -> None:
+        if self._pending_size and self.written < self._tail_start:
+            pending, self._pending, self._pending_size = self._pending, [], 0
+            self._write_now(memoryview(pending[0] if len(pending) == 1 else b"".join(pending)))
 
     def _write_tail(self, length: int) -> None:
         data = memoryview(b"".join(self._pending))
@@ -3940,19 +3936,17 @@ class Output:
             self.written += count
             view = view[count:]
 
-    def _sendfile(self, fd: int, offset: int, length: int) -> int:
-        """Like send(), in the kernel. Less than length came through where the kernel won't."""
-        sent = 0
-        while sent < length:
+    def _sendfile(self, fd: int, offset: int, end: int) -> int:
+        """Write a file's bytes in the kernel. Returns the offset of the first that it won't."""
+        while offset < end:
             try:
-                # The system call takes less than 2 GiB at once.
-                count = os.sendfile(self.fd, fd, offset + sent, min(length - sent, 1 << 30))
+                count = os.sendfile(self.fd, fd, offset, end - offset)
             except OSError as error:
                 # A full pipe is waited for. Else it is an output opened for appending, an unusual
                 # source, a read or a write error, or a pipe that has room again: the copy loop
                 # goes on from here and finds out which it was.
                 if not isinstance(error, BlockingIOError):
-                    self.can_sendfile = False
+                    self._can_sendfile = False
                 elif self._may_wait and not wait_for(self.fd, "POLLOUT", 0):
                     wait_for(self.fd, "POLLOUT")
                     continue
@@ -3961,8 +3955,8 @@ class Output:
                 break
             self.written += count
             self._has_sent_pages = self._tail_start < MAX_SIZE
-            sent += count
-        return sent
+            offset += count
+        return offset
 
     def _write_error(self, error: OSError) -> Exception:
         if isinstance(error, BrokenPipeError):
@@ -3970,48 +3964,44 @@ class Output:
         return Error(f"cannot write to standard output after {self.written} bytes: {reason(error)}")
 
 
+def socket_kind(fd: int) -> Tuple[int, bool]:
+    """(type of a socket, such as SOCK_STREAM; whether its other end is on this host for sure)."""
+    import socket
+
+    # What kind it is said to be here does not matter to the system.
+    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
+        kind = opened.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+        domain = getattr(socket, "SO_DOMAIN", None)  # Linux
+        family = domain and opened.getsockopt(socket.SOL_SOCKET, domain)
+        return kind, family == socket.AF_UNIX
+
+
 def see_reader_off(fd: int, is_socket: bool) -> None:
-    """Wait until the reader has taken what is in a pipe or socket. Raises ConsumerGone.
-
-    As long as it reads, and END_TIMEOUT more.
-    """
-
+    """Wait until the reader has taken what is in a pipe or socket: see Output.finish()."""
     request = termios.TIOCOUTQ if is_socket else termios.FIONREAD
     poll = select.poll()
-    poll.register(fd, 0)
-    left, since = -1, time.monotonic()
+    poll.register(fd, 0)  # hangups and errors alone
+    left, since = MAX_SIZE, time.monotonic()
     while time.monotonic() < since + END_TIMEOUT:
         # First whether the reader has gone, then what it has left: not the other way round.
-        events = [event for _, event in poll.poll(0 if left < 0 else END_INTERVAL)]
-        is_refused = is_socket and not takes_more(fd)
+        is_gone = bool(poll.poll(0 if left == MAX_SIZE else END_INTERVAL))
+        try:
+            os.write(fd, b"")  # asks a socket whether its other end still reads
+        except OSError as error:
+            is_gone = is_gone or not isinstance(error, BlockingIOError)
         try:
             answer = fcntl.ioctl(fd, request, bytes(4))
         except OSError:  # not on this system
             return
         before, left = left, struct.unpack("i", answer)[0]
-        if not left and not is_socket:
-            return
-        if not left:  # perhaps because it was thrown away: that is an error
-            events = [event & select.POLLERR for _, event in poll.poll(0)]
-        if any(event & (select.POLLERR | select.POLLHUP) for event in events):
+        if not left:  # of a socket, perhaps because it was thrown away: that is an error
+            is_gone = is_socket and any(event & select.POLLERR for _, event in poll.poll(0))
+        if is_gone:
             raise ConsumerGone()
         if not left:
             return
-        if is_refused:
-            raise ConsumerGone()
         if left < before:
             since = time.monotonic()
-
-
-def takes_more(fd: int) -> bool:
-    """Whether the other end of a socket still reads; to be asked without writing a byte."""
-    try:
-        os.write(fd, b"")
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    return True
 
 
 # What guards the output: it must not lie on what is read, and no other run may write into it.
@@ -4040,7 +4030,6 @@ class OutputGuard:
         self._start = None  # type: Optional[int]  # offset of the image, if it can be asked
         if not self._is_on_disk:
             return
-
         if self._is_device and is_in_use(status.st_rdev):
             raise Error(
                 "standard output is a device in use: it is mounted, or part of a volume; write "
@@ -4055,8 +4044,6 @@ class OutputGuard:
             ) from error
         except OSError:  # not on this file system
             pass
-        if stderr_is_the_output():  # what others say into the file, sendfile() would not notice
-            output.can_sendfile = False
         is_appended = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
         if self._is_device or not is_fuse(status.st_dev):
             # A file system that is a program may show nothing until all is there.
@@ -4065,45 +4052,41 @@ class OutputGuard:
 
     def refuse_if_source(self, watch: Watch) -> None:
         """Raise Error if the output would overwrite a disk that is read, or grow into it."""
-        if not self._is_on_disk:
-            return
-        ours = same_bytes(self._identity, self._fd)
-        for label, fd in watch.identities():
-            theirs = same_bytes(file_identity(os.fstat(fd)), fd)
-            if any_overlap(ours, all_below(theirs)):
+        for label, fd in watch.identities() if self._is_on_disk else ():
+            theirs = file_identity(os.fstat(fd))
+            if overlap(same_bytes(self._identity, self._fd), all_below(theirs, fd)):
                 size = os.lseek(fd, 0, os.SEEK_END)
                 fate = "would be overwritten" if size else "is empty now: has > emptied it?"
                 raise Error(
                     f"standard output is {label} itself, or lies on it, which {fate}; write the "
                     "image elsewhere"
                 )
-            if any_overlap(all_below(ours), theirs):
+            if overlap(all_below(self._identity, self._fd), same_bytes(theirs, fd)):
                 raise Error(
                     f"standard output lies in a file system on {label}: the image would grow into "
                     "what is read; write it elsewhere"
                 )
 
-    def refuse_if_named(self, name: str) -> None:
-        """Raise Error if the output is the backing file that the image names."""
-        path = self.beside(name)
+    def find_backing_file(self, name: str) -> Optional[str]:
+        """Where a name in the image leads; None if nobody knows where the image will lie.
+
+        Raises Error if that is the output.
+        """
+        path = None
         with ignore_unavailable(), contextlib.suppress(ValueError):
+            if os.path.isabs(name):
+                path = name
+            elif self._is_on_disk:
+                folder = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
+                path = os.path.join(folder, name)
             if path is not None and file_identity(os.stat(path)) == self._identity:
                 raise Error(
                     f"standard output is {quoted(name)} itself, the image's own backing file; "
                     "write the image elsewhere"
                 )
+        return path
 
-    def beside(self, name: str) -> Optional[str]:
-        """Where a name in the image leads; None if nobody knows where the image will lie."""
-        if os.path.isabs(name):
-            return name
-        with ignore_unavailable():
-            if self._is_on_disk:
-                folder = os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
-                return os.path.join(folder, name)
-        return None
-
-    def refuse_if_disturbed(self) -> None:
+    def check_intact(self) -> None:
         """Raise Error if somebody else has written to the file, or emptied it (`> FILE`)."""
         if self._start is None:
             return
@@ -4128,61 +4111,68 @@ def is_in_use(device: int) -> bool:
     with ignore_unavailable():
         for name in os.listdir(folder):
             if os.path.exists(f"{folder}/{name}/partition"):
-                numbers.append(read_text(f"{folder}/{name}/dev").strip())
+                numbers.append("{}:{}".format(*sys_numbers(f"{folder}/{name}/dev")))
         if os.listdir(f"{folder}/holders"):
             return True
     return is_mounted(numbers)
 
 
-def same_bytes(identity: Tuple[int, ...], fd: Optional[int] = None) -> List[Stretch]:
-    """A file or device, and what holds its very bytes, on Linux.
+def same_bytes(
+    identity: Tuple[int, ...], fd: Optional[int] = None, start: int = 0, end: int = MAX_SIZE
+) -> List[Stretch]:
+    """A stretch of a file or device, and what holds its very bytes, on Linux.
 
     A loop device shows a file, a partition is a part of its disk, a mapped device of its slaves.
 
     fd      a descriptor of it, if there is one
     """
-    found = [(identity, 0, MAX_SIZE)]  # type: List[Stretch]
+    found = [(identity, start, end)]  # type: List[Stretch]
     if len(identity) > 1:
         return found
     folder = os.path.realpath(sys_folder(identity[0]))
     if os.major(identity[0]) == LOOP_MAJOR:
         with ignore_unavailable():
-            shown, start, end = shown_by_loop(os.path.basename(folder), fd)
-            found += [part(each, start, end) for each in same_bytes(shown)]
+            shown, first, last = shown_by_loop(os.path.basename(folder), fd)
+            found += same_bytes(shown, None, first + start, min(first + end, last))
     with ignore_unavailable():
-        start, length = (int(read_text(f"{folder}/{name}")) << 9 for name in ("start", "size"))
-        disk = device_number(os.path.dirname(folder))
-        found += [part(each, start, start + length) for each in same_bytes((disk,))]
+        first, length = (sys_numbers(f"{folder}/{name}")[0] << 9 for name in ("start", "size"))
+        disk = os.makedev(*sys_numbers(f"{os.path.dirname(folder)}/dev"))
+        found += same_bytes((disk,), None, first + start, first + min(end, length))
     with ignore_unavailable():
         for name in os.listdir(f"{folder}/slaves"):
-            found += same_bytes((device_number(f"{folder}/slaves/{name}"),))
+            found += same_bytes((os.makedev(*sys_numbers(f"{folder}/slaves/{name}/dev")),))
     return found
 
 
-def part(stretch: Stretch, start: int, end: int) -> Stretch:
-    """What lies from start to end, in bytes from a stretch's own start."""
-    identity, first, last = stretch
-    return identity, first + start, min(first + end, last)
+def all_below(identity: Tuple[int, ...], fd: int) -> List[Stretch]:
+    """The same, and the devices of the file systems that hold it, down to the last.
+
+    Not every file system names one: not so btrfs, overlayfs and remote ones.
+    """
+    found = same_bytes(identity, fd)
+    for (*place, _), _, _ in found:
+        if place and os.major(place[0]):
+            found += same_bytes((place[0],))
+    return found
 
 
-def read_text(path: str) -> str:
-    """What a small file says, such as one of /sys."""
+def overlap(ours: List[Stretch], theirs: List[Stretch]) -> bool:
+    """Whether any two stretches have a byte in common."""
+    return any(
+        identity == other and start < last and first < end
+        for identity, start, end in ours
+        for other, first, last in theirs
+    )
+
+
+def sys_numbers(path: str) -> List[int]:
+    """The numbers in a file of /sys: in `dev`, a device's major and minor one."""
     with open(path) as file:
-        return file.read()
-
-
-def device_number(folder: str) -> int:
-    """The number of the block device that /sys describes in a folder."""
-    major, minor = map(int, read_text(f"{folder}/dev").split(":"))
-    return os.makedev(major, minor)
+        return list(map(int, file.read().split(":")))
 
 
 def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
-    """What a loop device shows. The device itself is asked: its file may have another name now.
-
-    fd      a descriptor of it: without one, its name in /dev is needed
-    """
-
+    """What a loop device shows. It is asked itself: its file may have another name now."""
     # To close a descriptor of the output's would give up its lock.
     device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
     try:
@@ -4196,99 +4186,44 @@ def shown_by_loop(name: str, fd: Optional[int]) -> Stretch:
     return identity, start, start + limit if limit else MAX_SIZE
 
 
-def all_below(stretches: Iterable[Stretch]) -> List[Stretch]:
-    """Stretches, and the devices of the file systems that hold them, down to the last.
-
-    Not every file system names one: not so btrfs, overlayfs and remote ones.
-    """
-    found = list(stretches)
-    for (*place, _), _, _ in found:
-        if place and os.major(place[0]):
-            found += same_bytes((place[0],))
-    return found
-
-
-def any_overlap(ours: Iterable[Stretch], theirs: List[Stretch]) -> bool:
-    """Whether any two stretches have a byte in common."""
-    return any(
-        mine[0] == yours[0] and mine[1] < yours[2] and yours[1] < mine[2]
-        for mine in ours
-        for yours in theirs
-    )
-
-
-def socket_kind(fd: int) -> Tuple[int, bool]:
-    """(type of a socket, such as SOCK_STREAM; whether its other end is on this host for sure)."""
-    import socket
-
-    # What kind it is said to be here does not matter to the system.
-    with socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as opened:
-        kind = opened.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
-        domain = getattr(socket, "SO_DOMAIN", None)  # Linux
-        is_local = domain is not None and (
-            opened.getsockopt(socket.SOL_SOCKET, domain) == socket.AF_UNIX
-        )
-        return kind, is_local
-
-
 class Header(NamedTuple):
-    """What the first cluster says beside the plan.
+    """What the first cluster says beside the plan. Names are as they stand there, or None."""
 
-    version         3, or 2, which has neither feature bits nor a zero flag
-    data_file_name  of the external data file, as it stands in the header, or None
-    data_file_raw   the data file is kept identical to the disk's content
-    backing_file    its name, as it stands in the header, or None
-    backing_format  of the backing file, such as b"raw"
-    has_features    their names are there, which nobody needs to open an image
-    compression     how clusters are compressed: zlib or zstd
-    """
+    version: int  # 3, or 2, which has neither feature bits nor a zero flag
+    data_file_name: Optional[bytes]  # of an external data file
+    data_file_raw: bool  # the data file is kept identical to the disk's content
+    backing_file: Optional[bytes]
+    backing_format: bytes
+    compression: str  # of clusters, if any are: zlib or zstd
 
-    version: int = 3
-    data_file_name: Optional[bytes] = None
-    data_file_raw: bool = False
-    backing_file: Optional[bytes] = None
-    backing_format: bytes = b""
-    has_features: bool = True
-    compression: str = "zlib"
+    def extensions(self, cluster_size: int) -> bytes:
+        """The header extensions, without the one that ends them.
 
-    @property
-    def extensions(self) -> bytes:
-        """The header extensions, without the one that ends them."""
-        extensions = b""
+        The features' names, which nobody needs to open an image, are left out where only so the
+        first cluster has room for the rest. Raises Error if it has none for a file's name.
+        """
+        extensions = features = b""
+        room = cluster_size - HEADER_LENGTH[self.version]
         if self.backing_file is not None:
             extensions += pack_extension(EXTENSION_BACKING_FORMAT, self.backing_format)
+            room -= 8 + len(self.backing_file)  # 8: the extension that ends the others
         if self.data_file_name is not None:
             extensions += pack_extension(EXTENSION_DATA_FILE_NAME, self.data_file_name)
-        if self.version >= 3 and self.has_features:
-            extensions += pack_extension(EXTENSION_FEATURE_NAME_TABLE, feature_name_table())
-        return extensions
-
-    @property
-    def length(self) -> int:
-        """Bytes of the first cluster that are in use."""
-        length = HEADER_LENGTH[self.version] + len(self.extensions)
-        if self.backing_file is not None:
-            length += 8 + len(self.backing_file)  # 8: the extension that ends the others
-        return length
-
-    def fitted(self, cluster_size: int) -> "Header":
-        """Itself, or without the features' names if only so the first cluster has room for it.
-
-        Raises Error if it has none for a file's name even then.
-        """
-        header = self if self.length <= cluster_size else self._replace(has_features=False)
-        if header.length > cluster_size:
+        if len(extensions) > room:
             what = "data" if self.backing_file is None else "backing"
             raise Error(
                 f"the name of the {what} file does not fit into a first cluster of {cluster_size} "
                 "bytes; choose a larger --cluster-size or a shorter name"
             )
-        return header
+        if self.version >= 3:
+            features = pack_extension(EXTENSION_FEATURE_NAME_TABLE, feature_name_table())
+        return extensions + (features if len(extensions + features) <= room else b"")
 
     def cluster(self, plan: Plan) -> bytes:
         """The first cluster: header, extensions, backing file name."""
         geometry = plan.geometry
-        start = HEADER_LENGTH[self.version] + len(self.extensions) + 8
+        extensions = self.extensions(geometry.cluster_size)
+        start = HEADER_LENGTH[self.version] + len(extensions) + 8
         name = self.backing_file or b""
         header = pack_header(
             {
@@ -4314,81 +4249,83 @@ class Header(NamedTuple):
             }
         )
         # Zeros behind the last extension are the one that ends the list.
-        cluster = header + self.extensions
+        cluster = header + extensions
         if name:
             cluster = cluster.ljust(start, b"\0") + name
         return cluster.ljust(geometry.cluster_size, b"\0")
 
 
+def packed_range(first: int, step: int, count: int) -> Iterator[bytes]:
+    """`count` table entries that rise evenly, in pieces."""
+    some = WRITE_SIZE // ENTRY_SIZE
+    for done in range(0, count, some):
+        yield pack_entries(entry_range(first + done * step, step, min(some, count - done)))
+
+
 def refcount_area(plan: Plan) -> Iterator[bytes]:
     """The refcount table and its blocks (section "Host cluster management")."""
-    size = plan.geometry.cluster_size
-    step = WRITE_SIZE // ENTRY_SIZE
-    for start in range(0, plan.refcount_blocks, step):
-        count = min(step, plan.refcount_blocks - start)
-        first = plan.refcount_block_offset + start * size
-        yield pack_entries(entry_range(first, size, count))
+    size, bits = plan.geometry.cluster_size, plan.geometry.refcount_bits
+    yield from packed_range(plan.refcount_block_offset, size, plan.refcount_blocks)
     yield bytes(plan.refcount_table_clusters * size - plan.refcount_blocks * ENTRY_SIZE)
 
-    bits = plan.geometry.refcount_bits
     block_entries = size * 8 // bits
     full_blocks, rest = divmod(plan.packed_offset // size, block_entries)
-    full_block = refcount_ones(block_entries, bits)
-    for _ in range(full_blocks):
-        yield full_block
+    yield from itertools.repeat(refcount_ones(block_entries, bits), full_blocks)
     whole = rest // 8 * 8  # what fills bytes
-    counts = itertools.chain(itertools.repeat(1, rest - whole), plan.packed.refcounts())
+    counts = itertools.chain(itertools.repeat(1, rest - whole), packed_refcounts(plan))
     for _ in range(full_blocks, plan.refcount_blocks):
         others = pack_refcounts(itertools.islice(counts, block_entries - whole), bits)
         yield (refcount_ones(whole, bits) + others).ljust(size, b"\0")
         whole = 0
 
 
+def packed_refcounts(plan: Plan) -> Iterator[int]:
+    """Of each host cluster that compressed ones lie in, how many touch it."""
+    size = plan.geometry.cluster_size
+    touched = (
+        cluster
+        for offset, length in plan.compressed()
+        for cluster in range(offset // size, (offset + length - 1) // size + 1)
+    )
+    return (sum(1 for _ in group) for _, group in itertools.groupby(touched))
+
+
 def l1_table(plan: Plan, cluster_map: ClusterMap) -> Iterator[bytes]:
     """The L1 table (section "Cluster mapping"), an entry for each L2 table."""
     size = plan.geometry.cluster_size
-    step = WRITE_SIZE // ENTRY_SIZE
     left = plan.geometry.l1_entries
     next_entry = plan.l2_table_offset | OFLAG_COPIED
     for tables, in_use in cluster_map.tables_in_use():
-        run = min(tables, left)
-        left -= run
-        for start in range(0, run, step):
-            count = min(step, run - start)
-            if in_use:
-                yield pack_entries(entry_range(next_entry, size, count))
-                next_entry += count * size
-            else:
-                yield bytes(count * ENTRY_SIZE)
+        count = min(tables, left)
+        left -= count
+        if in_use:
+            yield from packed_range(next_entry, size, count)
+            next_entry += count * size
+        else:
+            yield bytes(count * ENTRY_SIZE)
     yield bytes(plan.l1_clusters * size - plan.geometry.l1_entries * ENTRY_SIZE)
 
 
 def l2_tables(plan: Plan, cluster_map: ClusterMap, in_place: bool) -> Iterator[bytes]:
-    """The L2 tables that the image has (section "Cluster mapping").
+    """The L2 tables that the image has (section "Cluster mapping"); not extended ones.
 
     in_place    data clusters are where the guest sees them, in an external data file
     """
     size = plan.geometry.cluster_size
     entries = cluster_map.table_entries
     next_entry = plan.data_offset | OFLAG_COPIED
-    compressed = (
-        pack_compressed(plan.packed_offset + offset, length, size)
-        for offset, length in zip(plan.packed.offsets(), plan.packed.sizes)
-    )
+    compressed = (pack_compressed(offset, length, size) for offset, length in plan.compressed())
     for first, count, states in cluster_map.pages():
         if in_place:
             next_entry = (first * size) | OFLAG_COPIED
-        if states[0] == ZERO and len(states) == 1:
-            table = pack_entries(array("Q", [OFLAG_ZERO]) * entries)
-            for _ in range(count // entries):
-                yield table
-        elif len(states) > 1:
-            for table in mixed_l2_tables(states, entries, next_entry, size, in_place, compressed):
-                yield table
+        if len(states) > 1:
+            yield from mixed_l2_tables(states, entries, next_entry, size, in_place, compressed)
             next_entry += states.count(DATA) * size
+        elif states[0] == ZERO:
+            table = pack_entries(array("Q", [OFLAG_ZERO]) * entries)
+            yield from itertools.repeat(table, count // entries)
         elif states[0] == DATA:
-            for table in ramp_tables(next_entry, size, entries, count // entries):
-                yield table
+            yield from ramp_tables(next_entry, size, entries, count // entries)
             next_entry += count * size
         elif states[0] == COMPRESSED:
             for _ in range(count // entries):
@@ -4399,7 +4336,7 @@ def mixed_l2_tables(
     states: bytes,
     entries: int,
     next_entry: int,
-    cluster_size: int,
+    size: int,
     in_place: bool,
     compressed: Iterator[int],
 ) -> Iterator[bytes]:
@@ -4408,11 +4345,11 @@ def mixed_l2_tables(
     The loops over entries are those of map() and accumulate(): runs may be short.
     """
     is_data = states.translate(_IS_DATA)
-    stop = next_entry + len(states) * cluster_size
+    stop = next_entry + len(states) * size
     if in_place:
-        values = range(next_entry, stop, cluster_size)  # type: Iterable[int]
+        values = range(next_entry, stop, size)  # type: Iterable[int]
     else:  # the n-th cluster of data has the n-th offset
-        nth = range(next_entry - cluster_size, stop, cluster_size)
+        nth = range(next_entry - size, stop, size)
         values = map(nth.__getitem__, itertools.accumulate(is_data))
     page = map(operator.mul, is_data, values)  # type: Iterator[int]
     if states.count(ZERO):
@@ -4441,52 +4378,18 @@ def write_image(
 ) -> None:
     """Write the whole image, in file order; its end may wait in memory, see Output."""
     in_place = header.data_file_name is not None
-    tables_of_data = l2_tables(plan, cluster_map, in_place)
+    entries = l2_tables(plan, cluster_map, in_place)
     if plan.geometry.is_extended:
-        tables_of_data = map(extended_l2_table, tables_of_data)
+        entries = map(extended_l2_table, entries)
     output.begin(plan.file_size)
     output.write(header.cluster(plan))
-    for tables in (
-        refcount_area(plan),
-        l1_table(plan, cluster_map),
-        tables_of_data,
-    ):
-        for table in tables:
-            output.write(table)
+    for table in itertools.chain(refcount_area(plan), l1_table(plan, cluster_map), entries):
+        output.write(table)
     if not in_place:
         copy_data(output, source, cluster_map, plan.geometry.cluster_size, readers)
     if packer is not None:
         write_compressed(output, plan, cluster_map, readers, packer)
     output.flush()
-
-
-def data_pieces(cluster_map: ClusterMap, cluster_size: int) -> Iterator[Tuple[int, int, bytes]]:
-    """(start, end, states): byte ranges with data in guest order, cut to a handy size.
-
-    states  empty if all of it is data; else many short runs lie close together, and this is
-            the state of each cluster
-    """
-    runs = cluster_map.data_runs(SENDFILE_MIN // cluster_size, (GATHER_GAP - 1) // cluster_size)
-    for first, end, states in runs:
-        step = max(1, (WRITE_SIZE if states else COPY_SIZE) // cluster_size)
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            some = states[start - first : stop - first]
-            yield start * cluster_size, stop * cluster_size, some
-
-
-class Piece(NamedTuple):
-    """Guest bytes to be written.
-
-    start, end  in bytes, end exclusive
-    states      empty if all of it is data; else the state of each cluster
-    extents     those in it
-    """
-
-    start: int
-    end: int
-    states: bytes
-    extents: List[Extent]
 
 
 def copy_data(
@@ -4498,69 +4401,65 @@ def copy_data(
     are read in one call, with what is between them, and written in one. What must be inflated
     or comes from a server is fetched ahead by the readers.
     """
-    jobs = copy_jobs(source, data_pieces(cluster_map, cluster_size))
-    for piece, fetched in readers.in_order(jobs, READ_AHEAD_ITEMS, READ_AHEAD):
-        start, end, states, extents = piece
-        if fetched is None and not states and end - start >= SENDFILE_MIN:
-            copy_range(output, start, end, extents)
+    jobs = copy_jobs(source, cluster_map, cluster_size)
+    for (start, end, extents, read), data in readers.in_order(jobs, READ_AHEAD_ITEMS, READ_AHEAD):
+        if read is not None:
+            output.write(read() if data is None else data)
             continue
-        data = fetch(source, piece) if fetched is None else fetched
-        if states:
-            clusters = cluster_slices((end - start) // len(states))
-            chosen = itertools.compress(clusters, states.translate(_IS_DATA))
-            data = b"".join(map(data.__getitem__, chosen))
-        output.write(data)
+        position = start
+        for first, stop, file, offset, _ in extents:
+            if position < first:  # what is stored nowhere is zeros
+                output.write_zeros(first - position)
+            output.send(file, offset, stop - first)
+            position = stop
+        output.write_zeros(end - position)
 
 
-def copy_jobs(source: Source, pieces: Iterable[Tuple[int, int, bytes]]) -> Iterator[Job]:
-    """The pieces with their extents, and what a reader is to do for each."""
-    cutter = Cutter(source.extents())
-    for start, end, states in pieces:
-        extents = cutter.take(start, end)
-        if source.is_salvaged or any(stored or file.is_remote for _, _, file, _, stored in extents):
-            parts = Cutter(extents)
-            step = end - start if states else FETCH_SIZE
-            for at in range(start, end, step):
-                to = min(at + step, end)
-                piece = Piece(at, to, states, parts.take(at, to))
-                yield piece, to - at, functools.partial(fetch, source, piece), False
-        else:
-            for first, stop, file, offset, _ in extents:
-                file.advise(offset, stop - first, "WILLNEED")
-            yield Piece(start, end, states, extents), end - start, None, False
+def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Iterator[Job]:
+    """Pieces with data (start, end, extents, how they are read), and what a reader is to read.
 
-
-def fetch(source: Source, piece: Piece, _scratch: Optional[Scratch] = None) -> bytearray:
-    """The guest bytes of a piece."""
-    data = bytearray(piece.end - piece.start)
-    source.read_into(memoryview(data), piece.start, piece.extents)
-    return data
-
-
-@functools.lru_cache(maxsize=1)
-def cluster_slices(cluster_size: int) -> List[slice]:
-    """The places of the clusters in a buffer of WRITE_SIZE bytes."""
-    return [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
-
-
-class PackedPiece(NamedTuple):
-    """Some compressed clusters that are to be written.
-
-    clusters    the guest's numbers of them
-    sizes       what each has, in bytes
-    passed      those that are passed through, see Packer.passed()
+    A piece that nobody need read goes from its file to the output.
     """
+    cutter = Cutter(source.copy_extents())
+    slices = [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
+    gap = (GATHER_GAP - 1) // cluster_size
+    for first, last, states in cluster_map.data_runs(SENDFILE_MIN // cluster_size, gap):
+        step = max(1, (WRITE_SIZE if states else FETCH_SIZE) // cluster_size)
+        for low in range(first, last, step):
+            high = min(low + step, last)
+            start, end = low * cluster_size, high * cluster_size
+            extents = cutter.take(start, end)
+            is_far = source.is_salvaged
+            for at, to, file, offset, stored in extents:
+                if stored or file.is_remote:
+                    is_far = True
+                elif not is_far:
+                    file.advise(offset, to - at, "WILLNEED")
+            read = chosen = None
+            if states:
+                some = states[low - first : high - first].translate(_IS_DATA)
+                chosen = itertools.compress(slices, some)
+            if is_far or states:
+                read = functools.partial(fetch, source, start, end, extents, chosen)
+            yield (start, end, extents, read), end - start, read if is_far else None, False
 
-    clusters: List[int]
-    sizes: "array[int]"
-    passed: Dict[int, Tuple[Any, int, int]]
+
+def fetch(
+    source: Source, start: int, end: int, extents: Sequence[Extent], chosen: Any, *_: Scratch
+) -> Union[bytes, bytearray]:
+    """The guest bytes from start to end, or the slices of them that are chosen."""
+    data = bytearray(end - start)
+    source.read_into(memoryview(data), start, extents)
+    return data if chosen is None else b"".join(map(data.__getitem__, chosen))
 
 
 def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
-    """The compressed clusters; what is not kept, a reader compresses once more."""
+    """(compressed clusters, those of them that are passed through); the readers compress once more.
+
+    That is what is not kept.
+    """
     size, share = packer.cluster_size, packer.share
     cutter = Cutter(packer.disk.extents())
-    index = 0
     for page, count, kinds in cluster_map.pages():
         for first in range(page, page + count, share) if kinds.count(COMPRESSED) else ():
             states = kinds * share if len(kinds) == 1 else kinds[first - page :][:share]
@@ -4569,77 +4468,45 @@ def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
                 continue
             extents = cutter.take(first * size, (first + share) * size)
             passed = packer.passed(extents)
-            passed = {cluster: passed[cluster] for cluster in clusters if cluster in passed}
             work = None
-            if clusters[-1] >= packer.kept_end:
+            if clusters[-1] >= packer.kept_end and not passed.keys() >= set(clusters):
                 work = functools.partial(packer.pack, first, states, extents, COMPRESSED)
-            sizes = cluster_map.sizes[index : index + len(clusters)]
-            index += len(clusters)
-            piece = PackedPiece(clusters, sizes, passed)
-            yield piece, share * size, work, len(passed) == len(clusters)
+            yield (clusters, passed), share * size, work, False
 
 
 def write_compressed(
-    output: Output,
-    plan: Plan,
-    cluster_map: ClusterMap,
-    readers: Readers,
-    packer: Packer,
+    output: Output, plan: Plan, cluster_map: ClusterMap, readers: Readers, packer: Packer
 ) -> None:
     """Write the compressed clusters, in guest order, up to the end of the file.
 
     Raises Error if one has another size than before.
     """
-    offsets = plan.packed.offsets()
-    jobs = compressed_jobs(cluster_map, packer)
-    position = 0
-    for piece, packed in readers.in_order(jobs, AHEAD_ITEMS * readers.count, READ_AHEAD):
-        if packed is None:
-            through = sum(length for _, _, length in piece.passed.values())
-            data = packer.take(sum(piece.sizes) - through)
-        elif packed.sizes == list(piece.sizes):
-            data = packed.data
-        else:
-            start = piece.clusters[0] * packer.cluster_size
-            raise Error(
-                f"INPUT changed while it was read: what lies behind offset {start} compresses to "
-                "another size; the image is not whole, export a snapshot instead"
-            )
-        at = 0  # in data
-        run = (None, 0, 0)  # type: Tuple[Any, int, int]  # a file, or data; start and end there
-        for cluster, length, offset in zip(piece.clusters, piece.sizes, offsets):
-            file, start, _ = piece.passed.get(cluster, (None, at, 0))
-            at += length if file is None else 0
-            if (file, start, offset) == (run[0], run[2], position):
-                run = (file, run[1], start + length)
+    targets = plan.compressed()
+    position = plan.packed_offset
+    packer.kept.seek(0)
+    ahead = AHEAD_ITEMS * readers.count
+    for (clusters, passed), packed in readers.in_order(
+        compressed_jobs(cluster_map, packer), ahead, READ_AHEAD
+    ):
+        blobs = iter(packed.data if packed else ())
+        for cluster in clusters:
+            offset, size = next(targets)
+            output.write_zeros(offset - position)
+            if cluster in passed:
+                file, start, found = passed[cluster]
+                output.send(file, start, found)
             else:
-                write_run(output, data, run)
-                output.write_zeros(offset - position)
-                run = (file, start, start + length)
-            position = offset + length
-        write_run(output, data, run)
-    output.write_zeros(plan.file_size - plan.packed_offset - position)
-
-
-def write_run(output: Output, data: bytes, run: Tuple[Any, int, int]) -> None:
-    """Write a part of a file, or of data where that is None: (file, start, end)."""
-    file, start, end = run
-    if file is None:
-        output.write(data[start:end])
-    else:
-        output.send(file, start, end - start)
-
-
-def copy_range(output: Output, start: int, end: int, extents: Iterable[Extent]) -> None:
-    """Write the guest bytes from start to end; what is stored nowhere is zeros."""
-    position = start
-    for first, stop, file, offset, _ in extents:
-        if position < first:
-            output.write_zeros(first - position)
-        output.send(file, offset, stop - first)
-        position = stop
-    if position < end:
-        output.write_zeros(end - position)
+                blob = next(blobs, b"") if packed else packer.kept.read(size)
+                output.write(blob)
+                found = len(blob)
+            if found != size:
+                raise Error(
+                    "INPUT changed while it was read: what lies at offset "
+                    f"{cluster * packer.cluster_size} compresses to another size; the image is not "
+                    "whole, export a snapshot instead"
+                )
+            position = offset + size
+    output.write_zeros(plan.file_size - position)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5157,7 +5024,8 @@ def make_header(options: argparse.Namespace, geometry: Geometry) -> Header:
         backing_format=os.fsencode(options.backing_format or ""),
         compression=options.compress or "zlib",
     )
-    return header.fitted(geometry.cluster_size)
+    header.extensions(geometry.cluster_size)  # or there is no room for them
+    return header
 
 
 def make_packer(options: argparse.Namespace, disk: Source, cluster_size: int) -> Optional[Packer]:
@@ -5211,7 +5079,7 @@ def run(options: argparse.Namespace, resources: contextlib.ExitStack, progress: 
     progress.end_watch()
     output.finish()
     if guard:
-        guard.refuse_if_disturbed()
+        guard.check_intact()
     data = (cluster_map.data_clusters + len(cluster_map.sizes)) * cluster_size
     progress.finish(size, min(size, data), plan.file_size, plan.saved)
     if warning:
@@ -5246,8 +5114,7 @@ def look_at_backing_file(options: argparse.Namespace, guard: OutputGuard) -> Non
     """
     if options.backing_file is None:
         return
-    guard.refuse_if_named(options.backing_file)
-    path = guard.beside(options.backing_file)
+    path = guard.find_backing_file(options.backing_file)
     if path is None or not os.path.isfile(path):
         return
     with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):

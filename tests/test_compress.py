@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ from support import images, judges
 from support.disks import noise, write_disk
 from support.program import altered, assert_failed, assert_refused, run, start, stream
 
-from qcow2_to_stdout import Geometry, PackedArea, make_plan
+from qcow2_to_stdout import Geometry, make_plan, packed_offsets, packed_refcounts
 
 CLUSTER_SIZES = [1 << bits for bits in range(9, 22)]
 REFCOUNT_WIDTHS = [1, 2, 4, 8, 16, 32, 64]
@@ -116,15 +116,19 @@ def count_references(image: bytes) -> Entries:
     return entries
 
 
-def judge(raw: Path, *options: str) -> bytes:
-    """Compress a disk, look at the image in every way, and return it."""
-    image = stream(raw, *options)
+def judge(raw: Path, *options: str, source: Optional[Path] = None) -> bytes:
+    """Compress a disk, look at the image in every way, and return it.
+
+    source  the image that holds the disk, if that is not raw
+    """
+    disk = ["-f", "qcow2", str(source)] if source else [str(raw)]
+    image = stream(*disk, *options)
     path = raw.with_name("image.qcow2")
     path.write_bytes(image)
     judges.qemu_check(path)
     judges.qemu_compare(raw, path)
     count_references(image)
-    size = json.loads(stream(raw, *options, "--measure", "--output", "json"))["required"]
+    size = json.loads(stream(*disk, *options, "--measure", "--output", "json"))["required"]
     assert size == len(image)
     return image
 
@@ -250,6 +254,89 @@ def test_extended_entries_go_with_a_data_file(tmp_path: Path) -> None:
     judges.qemu_compare(raw, tmp_path / "i.qcow2")
 
 
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+def test_other_readers_know_what_zlib_is(tmp_path: Path, cluster_size: int) -> None:
+    """To boot it is out of a test's reach: these and QEMU read every byte."""
+    raw = mixed(tmp_path / "disk.raw", 5 << 20)
+    image = judge(raw, "--compress", "zlib", "-c", str(cluster_size))
+    assert judges.dissect_read(image) == raw.read_bytes()
+    assert judges.libqcow_read(tmp_path / "image.qcow2") == raw.read_bytes()
+
+
+# What an image holds compressed is passed through
+
+
+def compressed_by_qemu(path: Path, raw: Path, options: str) -> Path:
+    images.shell("qemu-img", "convert", "-c", "-O", "qcow2", "-o", options, raw, path)
+    return path
+
+
+def passed_through(image: Path, *options: str) -> bytes:
+    """Export a compressed image, look at the result in every way, and return it."""
+    whole = judge(images.as_raw(image, "qcow2"), *options, source=image)
+    for few in (["-m", "1", "--compress-memory", "0"], ["-m", "7", "--compress-memory", "90K"]):
+        assert stream("-f", "qcow2", image, *options, *few) == whole
+    return whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+def test_what_is_compressed_is_passed_through(tmp_path: Path, cluster_size: int, kind: str) -> None:
+    raw = mixed(tmp_path / "disk.raw", 5 << 20, 1)
+    options = f"cluster_size={cluster_size},compression_type={kind}"
+    theirs = compressed_by_qemu(tmp_path / "theirs.qcow2", raw, options)
+    image = passed_through(theirs, "--compress", kind, "-c", str(cluster_size))
+    assert len(image) <= theirs.stat().st_size
+    other = 16384 if cluster_size == 65536 else 65536
+    passed_through(theirs, "--compress", kind, "-c", str(other))
+    passed_through(theirs, "--compress", "zlib" if kind == "zstd" else "zstd")
+
+
+ONLY_SAMPLES = """
+import zlib
+real = zlib.compressobj
+class Small:
+    def __init__(self, *arguments):
+        self.object = real(*arguments)
+    def compress(self, data):
+        assert len(data) <= 4096, "a whole cluster was compressed"
+        return self.object.compress(data)
+    def flush(self):
+        return self.object.flush()
+zlib.compressobj = Small
+"""
+
+
+def test_what_its_writer_found_not_to_shrink_is_not_compressed_again(tmp_path: Path) -> None:
+    pieces = [
+        (at, content("noise" if at // 65536 % 3 else "text", 65536, at))
+        for at in range(0, 4 << 20, 65536)
+    ]
+    raw = write_disk(tmp_path / "disk.raw", 4 << 20, pieces)
+    theirs = compressed_by_qemu(tmp_path / "theirs.qcow2", raw, "compression_type=zlib")
+    (tmp_path / "altered").mkdir()
+    env = altered(tmp_path / "altered", ONLY_SAMPLES)
+    image = stream("-f", "qcow2", theirs, "--compress", "zlib", env=env)
+    assert image == passed_through(theirs, "--compress", "zlib")
+    assert len(image) <= theirs.stat().st_size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_guest_has_written_since_is_compressed(tmp_path: Path, kind: str) -> None:
+    """Into the compressed image itself, and into an overlay; zeros hide what is below them."""
+    raw = mixed(tmp_path / "disk.raw", 5 << 20, 2)
+    theirs = compressed_by_qemu(tmp_path / "theirs.qcow2", raw, f"compression_type={kind}")
+    source = tmp_path / "text"
+    source.write_bytes(text(1 << 20))
+    images.write(theirs, f"write -s {source} 1M 1M", "write -z 0 300k")
+    image = passed_through(theirs, "--compress", kind)
+    assert len(image) <= theirs.stat().st_size - 300_000
+    above = images.overlay(tmp_path / "above.qcow2", theirs, "qcow2")
+    images.write(above, f"write -s {source} 3000k 1M", "write -z 1M 200k", "write -P 7 2M 70000")
+    image = passed_through(above, "--compress", kind)
+    assert len(image) <= theirs.stat().st_size
+
+
 def test_layouts_are_compressed_without_a_look(tmp_path: Path) -> None:
     raw = mixed(tmp_path / "disk.raw", 3 << 20)
     layout = tmp_path / "layout.json"
@@ -353,13 +440,15 @@ def test_compressed_clusters_stay_where_descriptors_reach() -> None:
     refcount_bits=st.sampled_from([1, 2, 4, 8]),
 )
 def test_no_refcount_overflows(sizes: List[int], refcount_bits: int) -> None:
-    area = PackedArea(sizes, 4096, refcount_bits)
+    geometry = Geometry(1 << 30, 4096, refcount_bits)
+    offsets = list(packed_offsets(sizes, geometry))
     counts: Counter[int] = Counter()
     end = 0
-    for offset, size in zip(area.offsets(), sizes):
+    for offset, size in zip(offsets, sizes):
         assert offset in (end, -(-end // 4096) * 4096)
         end = offset + size
         counts.update({offset // 4096, (end - 1) // 4096})
-    assert list(area.offsets())[-1] == end
-    assert list(area.refcounts()) == [counts[index] for index in range(len(counts))]
+    assert offsets[-1] == end
+    refcounts = list(packed_refcounts(make_plan(geometry, 1, 0, sizes)))
+    assert refcounts == [counts[index] for index in range(len(counts))]
     assert max(counts.values(), default=0) < 1 << refcount_bits

@@ -230,6 +230,34 @@ def test_a_compressed_cluster_is_lost_as_a_whole(
         assert content(result.stdout) == without(whole, lost)
 
 
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_a_failing_disk_is_compressed(tmp_path: Path, fuse_disk: FuseMaker, kind: str) -> None:
+    """A raw one, and a compressed image, of which nothing is passed through unread."""
+    text = noise(2 * MIB, 5).hex().encode()
+    raw = write_disk(tmp_path / "raw", 4 * MIB, [(0, text)])
+    disk = fuse_disk(raw, direct=True, error_at=MIB + 690)
+    result = run("--salvage", "--compress", kind, disk.path, env=NO_PROGRAMS)
+    lost = [(MIB + 512, 512)]
+    assert_salvaged(result, lost)
+    whole = raw.read_bytes()
+    image = tmp_path / "out.qcow2"
+    image.write_bytes(result.stdout)
+    assert judged(image) == without(whole, lost)
+    assert len(result.stdout) < 3 * MIB
+
+    source = tmp_path / "a.qcow2"
+    options = f"compression_type={kind}"
+    shell("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, source)
+    entry = integer(source, l2_table(source) + 8 * 8)
+    assert entry & COMPRESSED
+    patched(source, entry & (1 << 54) - 1, bytes(64))
+    result = run("--salvage", "--compress", kind, "-f", "qcow2", source, env=NO_PROGRAMS)
+    lost = [(512 * KIB, 64 * KIB)]
+    assert_salvaged(result, lost)
+    image.write_bytes(result.stdout)
+    assert judged(image) == without(whole, lost)
+
+
 @pytest.mark.parametrize("what", ["header", "L1 table", "L2 table"])
 def test_metadata_that_can_not_be_read(tmp_path: Path, fuse_disk: FuseMaker, what: str) -> None:
     """Without it nobody knows where anything is: no image."""
