@@ -344,16 +344,13 @@ def unpack_compressed(entry: int, cluster_size: int) -> Tuple[int, int]:
 def extended_l2_table(table: bytes) -> bytes:
     """An L2 table in extended entries; all 32 subclusters of a cluster are in one state."""
     entries = unpack_entries(table)
+    bitmaps = {0: 0, OFLAG_ZERO: ALL_ZEROS}
     both = array("Q", bytes(2 * len(table)))
     both[::2] = array("Q", (0 if entry == OFLAG_ZERO else entry for entry in entries))
-    both[1::2] = array("Q", map(_subclusters, entries))
+    both[1::2] = array(
+        "Q", (0 if entry & OFLAG_COMPRESSED else bitmaps.get(entry, ALL_DATA) for entry in entries)
+    )
     return pack_entries(both)
-
-
-def _subclusters(entry: int) -> int:
-    if not entry or entry & OFLAG_COMPRESSED:
-        return 0
-    return ALL_ZEROS if entry == OFLAG_ZERO else ALL_DATA
 
 
 # What an L2 table says of a range: start and end in guest bytes, what holds it, host offset, and
@@ -495,14 +492,12 @@ def set_bits(number: int, count: int) -> List[Range]:
 # opens and reads disks.
 # ---------------------------------------------------------------------------------------------
 
-_PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 SEEK_DATA, SEEK_HOLE = 3, 4  # Linux's, from fs.h; PyPy takes them, but doesn't name them
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
-MAX_ZERO_HEADS = 4  # heads of zeros in a row, until all the rest is read as well
 _ZERO_HEAD = bytes(HEAD_SIZE)
-_ZERO_HEADS = bytes(MAX_ZERO_HEADS)
+_ZERO_HEADS = bytes(4)  # so many heads of zeros in a row, until all the rest is read as well
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
@@ -539,6 +534,16 @@ def libc_call(name: str, *arguments: Any) -> int:
         return -1
 
 
+def pread_into(fd: int, buffers: List[Any], offset: int, _flags: int = 0) -> int:
+    """os.preadv() for one buffer."""
+    data = os.pread(fd, len(buffers[0]), offset)
+    buffers[0][: len(data)] = data
+    return len(data)
+
+
+preadv = getattr(os, "preadv", pread_into)  # Python 3.7
+
+
 def sys_folder(device: int) -> str:
     """Where Linux describes a block device."""
     return f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
@@ -555,23 +560,20 @@ class Watch:
     """What a disk consists of, as it was found: open files and block devices.
 
     Of a file size and time of change count, of a device size and what this host writes to it.
+
+    found   (label, descriptor, what counts) of each
     """
 
     def __init__(self) -> None:
-        self._found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
+        self.found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
 
     def add(self, fd: int, label: str) -> None:
         """Watch what an open descriptor leads to, which messages call by its label."""
-        self._found.append((label, fd, self._state(fd, is_thorough=True)))
-
-    def identities(self) -> Iterator[Tuple[str, int]]:
-        """(label, descriptor) of all that is watched."""
-        for label, fd, _ in self._found:
-            yield label, fd
+        self.found.append((label, fd, self._state(fd, is_thorough=True)))
 
     def check(self, is_last: bool = False) -> Optional[str]:
         """What has changed, in words; None if nothing has. The last check may take its time."""
-        for label, fd, before in self._found:
+        for label, fd, before in self.found:
             try:
                 after = self._state(fd, is_last)
             except OSError as error:
@@ -658,12 +660,7 @@ class DiskFile:
         """Fill all of view from offset on. Raises Error if it can't be read, or ends too early."""
         while len(view):
             try:
-                if _PREADV is not None:
-                    count = _PREADV(self.fd, [view], offset)
-                else:
-                    data = os.pread(self.fd, len(view), offset)
-                    count = len(data)
-                    view[:count] = data
+                count = preadv(self.fd, [view], offset)
             except OSError as error:
                 raise self.read_error(offset, error) from error
             if not count:
@@ -680,7 +677,7 @@ class DiskFile:
     def look_at_heads(self, offsets: "range") -> bytearray:
         """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
 
-        A head that the file's end cuts counts as zeros. Ends early after MAX_ZERO_HEADS in a row.
+        A head that the file's end cuts counts as zeros. Ends early after some such in a row.
         """
         pread, fd = os.pread, self.fd
         flags = bytearray()
@@ -718,10 +715,10 @@ class DiskFile:
 
     def is_cached(self, offset: int) -> bool:
         """Whether a byte is in memory; True where the kernel does not answer."""
-        if _RWF_NOWAIT is None or _PREADV is None:
+        if _RWF_NOWAIT is None:
             return True
         try:
-            return bool(_PREADV(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
+            return bool(preadv(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
         except OSError as error:
             return error.errno != errno.EAGAIN
 
@@ -810,8 +807,7 @@ class Source:
     is_salvaged = False  # no file of it may be read but by read_into()
 
     def __init__(self, size: int, watch: Watch) -> None:
-        self.size = size
-        self.watch = watch
+        self.size, self.watch = size, watch
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order: disjoint, within the disk.
@@ -902,19 +898,16 @@ class SalvageSource(Source):
         start, end, file, offset, stored = extent
         try:
             self._disk.read_into(view, start, [extent])
+            return []
         except ReadError:
             # Of a compressed cluster all is lost, else cut at a block near the middle.
             unit = 1 if stored else file.block_size
-            last = (offset + end - start - 1) // unit * unit - offset
-            half = min(align_up(offset + (end - start) // 2, unit) - offset, last)
-            if stored or half <= 0:
+            half = max(1 + offset // unit, (offset + (end - start) // 2) // unit) * unit - offset
+            if stored or half >= end - start:
                 clear(view)
                 return [(start, end)]
-            middle = start + half
-            return self._read_pieces(view[:half], cut(extent, start, middle)) + (
-                self._read_pieces(view[half:], cut(extent, middle, end))
-            )
-        return []
+        first, second = cut(extent, start, start + half), cut(extent, start + half, end)
+        return self._read_pieces(view[:half], first) + self._read_pieces(view[half:], second)
 
     def is_damaged(self, start: int, end: int) -> bool:
         """Whether something between two guest offsets could not be read, and became zeros."""
@@ -926,7 +919,6 @@ def clear(view: memoryview) -> None:
     view[:] = bytes(len(view))
 
 
-PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any machine
 END_OF_INPUT_TIMEOUT = 2.0  # seconds that standard input may stay open when it has given all
 
 
@@ -941,7 +933,6 @@ class StreamSource(Source):
     def __init__(self, size: int, watch: Watch) -> None:
         super().__init__(size, watch)
         self._position = 0
-        self._rest = b""
         mode = os.fstat(0).st_mode
         if stat.S_ISSOCK(mode):
             import socket
@@ -950,8 +941,8 @@ class StreamSource(Source):
                 raise Error("standard input is a socket of packets; give it a stream")
         if os.isatty(0):  # which changes bytes
             raise Error("standard input is a terminal; give it a pipe or a file")
+        refuse_direct(0, mode, self.label)
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-            refuse_direct(0, mode, self.label)
             watch.add(0, self.label)
 
     def extents(self) -> Iterator[Extent]:
@@ -965,32 +956,25 @@ class StreamSource(Source):
         """Fill view from start on, which must not lie before what has been read."""
         self._skip_to(start)
         while len(view):
-            count = self._read(view)
-            if not count:
+            data = read_some(0, len(view), self.label)
+            if not data:
                 at, size = self._position, self.size
                 raise Error(f"standard input ended after {at} bytes, but --size says {size}")
-            view = view[count:]
+            view[: len(data)] = data
+            view = view[len(data) :]
+            self._position += len(data)
 
     def _skip_to(self, offset: int) -> None:
         waste = memoryview(bytearray(min(offset - self._position, 1 << 20)))
         while self._position < offset:
             self.read_into(waste[: offset - self._position], self._position)
 
-    def _read(self, view: memoryview) -> int:
-        # A pipe may keep packets apart, and what is not read of one is lost.
-        data = self._rest or read_some(0, max(len(view), PIPE_PACKET), self.label)
-        self._rest = data[len(view) :]
-        data = data[: len(view)]
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
     def finish(self) -> Optional[str]:
         """Raise Error if more than `size` bytes come. Returns a warning if it stays open."""
         self._skip_to(self.size)
-        if not self._rest and not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
+        if not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
             return f"standard input is still open after the {self.size} bytes that --size says"
-        if self._read(memoryview(bytearray(1))):
+        if read_some(0, 1, self.label):
             raise Error(f"standard input goes on after the {self.size} bytes that --size says")
         return None
 
@@ -1042,8 +1026,7 @@ def libzstd() -> Any:
             ("ZSTD_createCCtx", pointer, []),
             ("ZSTD_compressBound", size, [size]),
             ("ZSTD_compressCCtx", size, [pointer, pointer, size, pointer, size, ctypes.c_int]),
-            ("ZSTD_createDCtx", pointer, []),
-            ("ZSTD_decompressDCtx", size, [pointer, pointer, size, pointer, size]),
+            ("ZSTD_decompress", size, [pointer, size, pointer, size]),
             ("ZSTD_findFrameCompressedSize", size, [pointer, size]),
             ("ZSTD_isError", ctypes.c_uint, [size]),
         ):  # type: Tuple[str, Any, List[Any]]
@@ -1054,13 +1037,6 @@ def libzstd() -> Any:
         return None
 
 
-def python_zstd() -> Any:
-    """Python's own zstd (3.14), or None."""
-    with contextlib.suppress(ImportError):
-        return import_zstd()
-    return None
-
-
 def import_zstd() -> Any:
     """Python's own zstd. Raises ImportError before 3.14."""
     import importlib
@@ -1069,54 +1045,46 @@ def import_zstd() -> Any:
 
 
 def inflate_zlib(data: bytes, size: int) -> bytes:
-    """A cluster of `size` bytes from raw deflate, whatever follows. Raises ValueError."""
+    """A cluster of `size` bytes from raw deflate, whatever follows; less if it is damaged."""
     import zlib
 
-    try:
+    with contextlib.suppress(zlib.error):
         return zlib.decompressobj(-15).decompress(data, size)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
+    return b""
 
 
 def inflate_zstd(data: bytes, size: int) -> bytes:
-    """A cluster of `size` bytes from zstd frames, whatever follows. Raises ValueError."""
-    cluster = b""
-    while data and len(cluster) < size:
-        part, data = inflate_frame(data, size - len(cluster))
-        cluster += part
-    return cluster
-
-
-def inflate_frame(data: bytes, size: int) -> Tuple[bytes, bytes]:
-    """Up to `size` bytes from the first zstd frame, and what follows it. Raises ValueError."""
+    """A cluster of `size` bytes from zstd frames, whatever follows; less if it is damaged."""
     library = libzstd()
     if library is None:
-        zstd = import_zstd()
-        frame = zstd.ZstdDecompressor()
-        try:
-            return frame.decompress(data, size), frame.unused_data
-        except zstd.ZstdError as error:
-            raise ValueError(str(error)) from error
-    import ctypes
-    import threading
-
-    # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
-    length = library.ZSTD_findFrameCompressedSize(data, len(data))
-    if library.ZSTD_isError(length):
-        raise ValueError("no frame of zstd")
-    context, target = zstd_context(threading.get_ident())
-    count = library.ZSTD_decompressDCtx(context, target, size, data, length)
-    if library.ZSTD_isError(count):
-        raise ValueError("a broken frame of zstd")
-    return ctypes.string_at(target, count), data[length:]
-
-
-@functools.lru_cache(maxsize=None)
-def zstd_context(_thread: int) -> Tuple[Any, Any]:
-    """What a thread inflates with, and where to: a context, and a buffer for any cluster."""
+        return inflate_zstd_by_python(data, size)
     import ctypes
 
-    return libzstd().ZSTD_createDCtx(), ctypes.create_string_buffer(CLUSTER_SIZES[-1])
+    cluster = ctypes.create_string_buffer(size)
+    filled = 0
+    while filled < size:
+        # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
+        length = library.ZSTD_findFrameCompressedSize(data, len(data))
+        if library.ZSTD_isError(length):
+            return b""
+        rest = ctypes.byref(cluster, filled)
+        count = library.ZSTD_decompress(rest, size - filled, data, length)
+        if library.ZSTD_isError(count):
+            return b""
+        filled, data = filled + count, data[length:]
+    return cluster.raw
+
+
+def inflate_zstd_by_python(data: bytes, size: int) -> bytes:
+    """As inflate_zstd()."""
+    zstd = import_zstd()
+    cluster = b""
+    with contextlib.suppress(zstd.ZstdError):
+        while data and len(cluster) < size:
+            frame = zstd.ZstdDecompressor()
+            cluster += frame.decompress(data, size - len(cluster))
+            data = frame.unused_data
+    return cluster
 
 
 def refuse_if_open_for_writing(file: DiskFile) -> None:
@@ -1182,7 +1150,8 @@ class Qcow2File:
 
     def find_snapshot(self, wanted: str) -> Tuple[int, int, int]:
         """(offset and entries of its L1 table, its disk's size) by the ID or else the name."""
-        by_id, by_name = {}, {}  # type: Dict[str, Tuple[int, int, int]], Dict[str, Any]
+        by_id = {}  # type: Dict[str, Tuple[int, int, int]]
+        by_name = dict(by_id)
         count = min(self.header["nb_snapshots"], MAX_SNAPSHOTS)
         table = self.header["snapshots_offset"]
         for fields, extra, names in unpack_directory(self.read, SNAPSHOT_STRUCT, 2, table, count):
@@ -1191,9 +1160,10 @@ class Qcow2File:
             found = l1_offset, l1_entries, size // SECTOR_SIZE * SECTOR_SIZE
             by_id.setdefault(os.fsdecode(names[:id_size]), found)
             by_name.setdefault(os.fsdecode(names[id_size:]), found)
-        if wanted not in by_id and wanted not in by_name:
+        snapshots = {**by_name, **by_id}
+        if wanted not in snapshots:
             raise self.missing("snapshot", wanted, by_name)
-        return by_id.get(wanted) or by_name[wanted]
+        return snapshots[wanted]
 
     def bitmap_ranges(self, name: str) -> Tuple[Iterator[Range], bool]:
         """(the byte ranges that a dirty bitmap says have changed, whether it is recording).
@@ -1258,9 +1228,13 @@ class Qcow2Image(Qcow2File):
             raise NeedsQemu()
         if kind != bool(features & INCOMPATIBLE_COMPRESSION):
             raise self.corrupt("a compression type that its features don't match")
-        if kind and not libzstd() and not python_zstd():
-            raise NeedsQemu()
-        self.compression_type = "zstd" if kind else "zlib"
+        self.compression_type, self._inflate = "zlib", inflate_zlib
+        if kind:
+            self.compression_type, self._inflate = "zstd", inflate_zstd
+            try:
+                libzstd() or import_zstd()
+            except ImportError:
+                raise NeedsQemu() from None
         self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
         self._data_file = self.file
         if self._is_external:
@@ -1302,8 +1276,9 @@ class Qcow2Image(Qcow2File):
         self._l1 = unpack_entries(self.read(offset, self.table_count * ENTRY_SIZE))
 
     def table(self, index: int) -> Sequence[Extent]:
-        """What one L2 table says, up to the disk's end: extents, of which those that are zeros
-        have no file. Raises Error where a file ends before its data.
+        """The extents of one L2 table, and in order with them zeros, which have no file.
+
+        Raises Error where a file ends before its data.
         """
         offset = self._l1[index] & OFFSET_MASK
         if offset % self.cluster_size:
@@ -1357,11 +1332,7 @@ class Qcow2Image(Qcow2File):
 
     def inflate(self, offset: int, stored: int) -> bytes:
         """The cluster that is compressed in `stored` bytes at an offset. For any thread."""
-        inflate = inflate_zstd if self.compression_type == "zstd" else inflate_zlib
-        try:
-            cluster = inflate(self.file.read(offset, stored), self.cluster_size)
-        except ValueError:
-            cluster = b""
+        cluster = self._inflate(self.file.read(offset, stored), self.cluster_size)
         if len(cluster) != self.cluster_size:
             what = f"the compressed cluster at offset {offset} is damaged"
             raise ReadError(f"cannot read {self.file.label}: {what}")
@@ -1374,53 +1345,19 @@ class Layer:
     extents     all that it holds
     """
 
-    def __init__(self, extents: Iterator[Extent]) -> None:
-        self.extents = extents
-        self.position = 0  # what lies before is needed by nobody: tables of it are not read
+    def __init__(self, member: Union[Qcow2Image, RawSource], below: Optional["Layer"]) -> None:
+        if isinstance(member, Qcow2Image):
+            self.extents = self._merged(member, below)
+        else:
+            self.extents = member.extents()
+        self._position = 0  # what lies before is needed by nobody: tables of it are not read
         self._next = (0, 0, None, 0, 0)  # type: Extent
 
-    def take(self, start: int, end: int) -> Iterator[Extent]:
-        """What lies between start and end, cut to that. Never back: start must rise."""
-        self.position = start
-        extent = self._next
-        while extent[0] < end:
-            if extent[1] > start:
-                if start <= extent[0] and extent[1] <= end:
-                    yield extent
-                else:
-                    yield cut(extent, max(start, extent[0]), min(end, extent[1]))
-                if extent[1] > end:
-                    break
-            self._next = extent = next(self.extents, _LAST_EXTENT)
-
-
-_LAST_EXTENT = (MAX_SIZE, MAX_SIZE, None, 0, 0)  # behind every disk
-
-
-class ChainSource(Source):
-    """The disk of a qcow2 image and of what is below it."""
-
-    def __init__(self, images: Sequence[Qcow2Image], raw: Optional[Source], watch: Watch) -> None:
-        """The top image first; raw: a raw disk below them all, if there is one."""
-        super().__init__(images[0].size, watch)
-        self._images, self._raw = images, raw
-
-    def extents(self) -> Iterator[Extent]:
-        """All that may hold anything but zeros, in guest order."""
-        below = None if self._raw is None else Layer(self._raw.extents())
-        for image in reversed(self._images):
-            layer = Layer(iter(()))
-            layer.extents = self._merged(image, layer, below)
-            below = layer
-        return layer.extents
-
-    @staticmethod
-    def _merged(image: Qcow2Image, layer: Layer, below: Optional[Layer]) -> Iterator[Extent]:
-        """The extents of an image for its layer, and in its gaps those of the layer below."""
+    def _merged(self, image: Qcow2Image, below: Optional["Layer"]) -> Iterator[Extent]:
         for index in range(image.table_count):
             start = index * image.reach
             end = min(start + image.reach, image.size)
-            if end <= layer.position:
+            if end <= self._position:
                 continue
             extents = image.table(index)
             if below is None:
@@ -1434,6 +1371,36 @@ class ChainSource(Source):
                 start = extent[1]
             if start < end:
                 yield from below.take(start, end)
+
+    def take(self, start: int, end: int) -> Iterator[Extent]:
+        """What lies between start and end, cut to that. Never back: start must rise."""
+        self._position = start
+        extent = self._next
+        while extent[0] < end:
+            if extent[1] > start:
+                if start <= extent[0] and extent[1] <= end:
+                    yield extent
+                else:
+                    yield cut(extent, max(start, extent[0]), min(end, extent[1]))
+                if extent[1] > end:
+                    break
+            self._next = extent = next(self.extents, (MAX_SIZE, MAX_SIZE, None, 0, 0))
+
+
+class ChainSource(Source):
+    """The disk of a qcow2 image and of what is below it."""
+
+    def __init__(self, members: Sequence[Union[Qcow2Image, RawSource]], watch: Watch) -> None:
+        """The top image first; a raw disk may be below them all."""
+        super().__init__(members[0].size, watch)
+        self._members = members
+
+    def extents(self) -> Iterator[Extent]:
+        """All that may hold anything but zeros, in guest order."""
+        layer = None  # type: Any
+        for member in reversed(self._members):
+            layer = Layer(member, layer)
+        return layer.extents  # type: ignore[no-any-return]
 
 
 def open_qcow2(
@@ -1457,13 +1424,13 @@ def open_qcow2(
         images.append(image)
         name, fmt = image.backing_file, image.backing_format
         if name is None:
-            return ChainSource(images, None, watch)
+            return ChainSource(images, watch)
         if fmt not in ("raw", "qcow2") or re.match("[^/]*:", name):
             return None
         path = os.path.join(os.path.dirname(path), name)
         if fmt == "raw":
             file = resources.enter_context(contextlib.closing(DiskFile(path, watch)))
-            return ChainSource(images, RawSource(file, watch), watch)
+            return ChainSource([*images, RawSource(file, watch)], watch)
 
 
 # An NBD client of our own. doc/proto.md of the NBD project is "the protocol" below, and names all
@@ -4085,7 +4052,7 @@ class OutputGuard:
         if not self._is_on_disk:
             return
         ours = same_bytes(self._identity, self._fd)
-        for label, fd in watch.identities():
+        for label, fd, _ in watch.found:
             theirs = same_bytes(file_identity(os.fstat(fd)), fd)
             if any_overlap(ours, all_below(theirs)):
                 size = os.lseek(fd, 0, os.SEEK_END)

@@ -435,7 +435,7 @@ def test_a_name_that_is_no_qcow2_image(tmp_path: Path) -> None:
         assert_refused(run("-f", "qcow2", tmp_path / name), name, "no qcow2 image")
     assert_refused(run("-f", "qcow2", tmp_path), "it is a folder")
     assert_refused(run("-f", "qcow2", tmp_path / "nothing"), "No such file")
-    assert_refused(run("-f", "qcow2", "-"), "comes once", "qcow2", "file")
+    assert_refused(run("-f", "qcow2", "-"), "in order", "qcow2", "file")
 
 
 @pytest.mark.guarantee(
