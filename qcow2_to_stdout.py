@@ -194,16 +194,11 @@ def pack_header(fields: Dict[str, Any]) -> bytes:
 
 
 def unpack_header(data: bytes) -> Dict[str, Any]:
-    """The fields of a header, from the first bytes of a file. What it does not reach is zero.
-
-    Raises ValueError for anything that does not begin as a version 2 or 3 header does.
-    """
+    """The fields of a header; what it does not reach is zero. Raises ValueError if it is none."""
     version = int.from_bytes(data[4:8], "big")
     if data[:4] != MAGIC or version not in HEADER_LENGTH or len(data) < HEADER_LENGTH[2]:
         raise ValueError("it has no qcow2 header")
-    length = HEADER_LENGTH[2]
-    if version == 3:
-        length = int.from_bytes(data[100:104], "big")
+    length = HEADER_LENGTH[2] if version == 2 else int.from_bytes(data[100:104], "big")
     padded = data[: min(length, HEADER_STRUCT.size)].ljust(HEADER_STRUCT.size, b"\0")
     fields = dict(zip((name for name, _ in HEADER_FIELDS), HEADER_STRUCT.unpack(padded)))
     if version == 2:
@@ -217,10 +212,7 @@ def pack_extension(kind: int, payload: bytes) -> bytes:
 
 
 def unpack_extensions(data: bytes) -> Dict[int, bytes]:
-    """The payloads of the header extensions by type; data begins with the first of them.
-
-    Raises ValueError where one does not end within data.
-    """
+    """The payloads of header extensions by type. Raises ValueError where one ends behind data."""
     extensions = {}
     position = 0
     while position + 8 <= len(data):
@@ -263,15 +255,11 @@ def entry_range(first: int, step: int, count: int) -> "array[int]":
     return array("Q", range(first, first + count * step, step))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def ramp_and_ones(step: int, count: int, width: int) -> Tuple[int, int]:
-    """The tables of 0, step, 2 * step, … and of 1, 1, 1, …, each as one long number.
-
-    width   bytes of an entry
-    """
-    ramp = b"".join((index * step).to_bytes(width, "big") for index in range(count))
-    ones = (1).to_bytes(width, "big") * count
-    return int.from_bytes(ramp, "big"), int.from_bytes(ones, "big")
+    """The tables of 0, step, … and of 1, 1, 1, … as numbers; width: bytes of an entry."""
+    ones = int.from_bytes((1).to_bytes(width, "big") * count, "big")
+    return (ones - count) // ((1 << 8 * width) - 1) * step, ones  # a geometric series
 
 
 def ramp_tables(first: int, step: int, entries: int, count: int) -> Iterator[bytes]:
@@ -353,17 +341,11 @@ def extended_l2_table(table: bytes) -> bytes:
     return pack_entries(both)
 
 
-# What an L2 table says of a range: start and end in guest bytes, what holds it, host offset, and
-# of a compressed cluster the bytes that hold it (an upper bound), else 0.
-Run = Tuple[int, int, Any, int, int]
 _NEVER = 1 << 65  # no entry, and no difference of an entry and an offset
 
 
 def plain_entries(table: bytes, start: int, end: int, allocated: int) -> Iterable[Range]:
-    """(guest offset, entry) of each cluster of an L2 table, or of the first of all that follow it.
-
-    See table_runs().
-    """
+    """(guest offset, entry) for table_runs(): of the first cluster only if all follow it evenly."""
     size = step = len(table)
     entries = unpack_entries(table)
     is_data = entries[0] & allocated and not entries[0] & OFLAG_COMPRESSED
@@ -373,9 +355,9 @@ def plain_entries(table: bytes, start: int, end: int, allocated: int) -> Iterabl
 
 
 def subcluster_entries(table: bytes, start: int, end: int, allocated: int) -> Iterable[Range]:
-    """(guest offset, entry as if not extended) of each run of alike subclusters of a cluster.
+    """As plain_entries(), of a table of extended ones: an entry for each run of subclusters.
 
-    See table_runs(), and section "Extended L2 Entries".
+    See section "Extended L2 Entries".
     """
     size = step = len(table)
     entries = unpack_entries(table)
@@ -414,20 +396,22 @@ def table_runs(
     cluster_size: int,
     reserved: int,
     allocated: int,
-    holders: Tuple[Any, Any],
-) -> List[Run]:
+    holders: Any,
+) -> List[Any]:
     """What an L2 table says, up to a guest offset (section "Cluster mapping").
 
     entries     plain_entries() or subcluster_entries() of it
     reserved    the bits of an entry that must be clear
     allocated   those of which one at least is set where it has data
-    holders     in the runs, what stands for data and for compressed data; None is for zeros
+    holders     what stands for data and for compressed data in the runs; None is for zeros
 
-    Where there is no run, nothing is allocated. Raises ValueError with the entry that can't be.
+    Returns runs: start and end in guest bytes, holder, host offset, and of a compressed cluster
+    the bytes that hold it (an upper bound), else 0. Where there is none, nothing is allocated.
+    Raises ValueError with the entry that can't be.
     """
     data, compressed = holders
     special = OFLAG_COMPRESSED | OFLAG_ZERO | reserved
-    runs = []  # type: List[Run]
+    runs = []
     begin, holder, offset = 0, None, -1  # type: int, Any, int  # of the run so far, if there is one
     delta = same = _NEVER  # an entry continues it by this distance from its place, or as this
     for at, entry in entries:
@@ -459,25 +443,21 @@ def c_string(name: bytes) -> str:
 
 
 def unpack_directory(
-    read: Callable[[int, int], bytes],
-    layout: struct.Struct,
-    name_count: int,
-    offset: int,
-    count: int,
+    read: Callable[[int, int], bytes], layout: struct.Struct, names: int, offset: int, count: int
 ) -> Iterator[Tuple[Tuple[int, ...], bytes, bytes]]:
     """(fields, extra data, names) of each entry of the snapshot table or the bitmap directory.
 
-    read        takes an offset and a length, and returns the file's bytes there
-    name_count  how many of the fields, before the last one, are sizes of names
+    read    takes an offset and a length, and returns the file's bytes there
+    names   how many of the fields, before the last one, are sizes of names
     """
     for _ in range(count):
         fields = layout.unpack(read(offset, layout.size))
         offset += layout.size
         extra = read(offset, min(fields[-1], 16))
         offset += fields[-1]
-        names = read(offset, sum(fields[-1 - name_count : -1]))
-        offset = align_up(offset + len(names), 8)
-        yield fields, extra, names
+        text = read(offset, sum(fields[-1 - names : -1]))
+        offset = align_up(offset + len(text), 8)
+        yield fields, extra, text
 
 
 def set_bits(number: int, count: int) -> List[Range]:
@@ -722,11 +702,9 @@ class DiskFile:
         except OSError as error:
             return error.errno != errno.EAGAIN
 
-    def data_ranges(self, end: int, start: int = 0) -> Iterator[Range]:
-        """(start, end) of what may be no hole from start to end.
-
-        That is all of it where nobody knows: block devices, some file systems.
-        """
+    def data_ranges(self, end: int) -> Iterator[Range]:
+        """(start, end) of what may be no hole: all of a block device, or where nobody knows."""
+        start = 0
         if not self.is_regular or not sys.platform.startswith("linux"):
             yield start, end
             return
@@ -751,8 +729,8 @@ def has_other_views(device: int) -> bool:
     """Whether a partition or a mount may have its own idea of a block device, on Linux."""
     folder = sys_folder(device)
     with ignore_unavailable():
-        places = [".", *os.listdir(folder)]
-        if any(os.path.exists(f"{folder}/{place}/partition") for place in places):
+        names = [".", *os.listdir(folder)]
+        if any(os.path.exists(f"{folder}/{name}/partition") for name in names):
             return True
     return is_mounted([f"{os.major(device)}:{os.minor(device)}"])
 
@@ -810,10 +788,7 @@ class Source:
         self.size, self.watch = size, watch
 
     def extents(self) -> Iterator[Extent]:
-        """All that may hold anything but zeros, in guest order: disjoint, within the disk.
-
-        Lazily, and anew with each call.
-        """
+        """All that may hold anything but zeros: disjoint, in guest order, anew with each call."""
         raise NotImplementedError
 
     def finish(self) -> Optional[str]:
@@ -1088,10 +1063,7 @@ def inflate_zstd_by_python(data: bytes, size: int) -> bytes:
 
 
 def refuse_if_open_for_writing(file: DiskFile) -> None:
-    """Raise Error if QEMU has a qcow2 image open for writing: its tables would change.
-
-    QEMU's locks are asked for, not taken.
-    """
+    """Raise Error if QEMU may write to an image. Its locks are asked for, not taken."""
     flock = "hhqqi"  # type, whence, start, length, process
     for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
         wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
