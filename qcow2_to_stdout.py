@@ -916,8 +916,8 @@ class StreamSource(Source):
                 raise Error("standard input is a socket of packets; give it a stream")
         if os.isatty(0):  # which changes bytes
             raise Error("standard input is a terminal; give it a pipe or a file")
-        refuse_direct(0, mode, self.label)
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            refuse_direct(0, mode, self.label)
             watch.add(0, self.label)
 
     def extents(self) -> Iterator[Extent]:
@@ -927,8 +927,13 @@ class StreamSource(Source):
     def advise(self, offset: int, length: int, how: str) -> None:
         """There is nothing that a kernel could do for a stream."""
 
-    def read_into(self, view: memoryview, start: int, _extents: Sequence[Extent] = ()) -> None:
-        """Fill view from start on, which must not lie before what has been read."""
+    def read_into(
+        self, view: memoryview, start: int, extents: Optional[Sequence[Extent]] = None
+    ) -> None:
+        """As a disk or, without extents, as a file; start must not lie before what has been read."""
+        if extents is not None:
+            super().read_into(view, start, extents)
+            return
         self._skip_to(start)
         while len(view):
             data = read_some(0, len(view), self.label)
