@@ -894,6 +894,7 @@ def clear(view: memoryview) -> None:
     view[:] = bytes(len(view))
 
 
+PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any machine
 END_OF_INPUT_TIMEOUT = 2.0  # seconds that standard input may stay open when it has given all
 
 
@@ -907,7 +908,7 @@ class StreamSource(Source):
 
     def __init__(self, size: int, watch: Watch) -> None:
         super().__init__(size, watch)
-        self._position = 0
+        self._position, self._rest = 0, b""
         mode = os.fstat(0).st_mode
         if stat.S_ISSOCK(mode):
             import socket
@@ -930,19 +931,21 @@ class StreamSource(Source):
     def read_into(
         self, view: memoryview, start: int, extents: Optional[Sequence[Extent]] = None
     ) -> None:
-        """As a disk or, without extents, as a file; start must not lie before what has been read."""
+        """As a disk or, without extents, as a file: from start on, never back."""
         if extents is not None:
             super().read_into(view, start, extents)
             return
         self._skip_to(start)
         while len(view):
-            data = read_some(0, len(view), self.label)
+            # A pipe may keep packets apart, and what is not read of one is lost.
+            data = self._rest or read_some(0, max(len(view), PIPE_PACKET), self.label)
             if not data:
                 at, size = self._position, self.size
                 raise Error(f"standard input ended after {at} bytes, but --size says {size}")
-            view[: len(data)] = data
-            view = view[len(data) :]
-            self._position += len(data)
+            count = min(len(data), len(view))
+            view[:count] = data[:count]
+            view, self._rest = view[count:], data[count:]
+            self._position += count
 
     def _skip_to(self, offset: int) -> None:
         waste = memoryview(bytearray(min(offset - self._position, 1 << 20)))
@@ -952,9 +955,9 @@ class StreamSource(Source):
     def finish(self) -> Optional[str]:
         """Raise Error if more than `size` bytes come. Returns a warning if it stays open."""
         self._skip_to(self.size)
-        if not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
+        if not self._rest and not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
             return f"standard input is still open after the {self.size} bytes that --size says"
-        if read_some(0, 1, self.label):
+        if self._rest or read_some(0, 1, self.label):
             raise Error(f"standard input goes on after the {self.size} bytes that --size says")
         return None
 
