@@ -514,14 +514,14 @@ def libc_call(name: str, *arguments: Any) -> int:
         return -1
 
 
-def pread_into(fd: int, buffers: List[Any], offset: int, _flags: int = 0) -> int:
+def pread_into(fd: int, buffers: List[Any], offset: int) -> int:
     """os.preadv() for one buffer."""
     data = os.pread(fd, len(buffers[0]), offset)
     buffers[0][: len(data)] = data
     return len(data)
 
 
-preadv = getattr(os, "preadv", pread_into)  # Python 3.7
+preadv = getattr(os, "preadv", pread_into)  # type: Callable[..., int]  # Python 3.7
 
 
 def sys_folder(device: int) -> str:
