@@ -102,7 +102,8 @@ CLUSTER_SIZES = tuple(1 << bits for bits in range(9, 22))
 REFCOUNT_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 ENTRY_SIZE = 8  # bytes of one entry in the L1, an L2 and the refcount table
 EXTENDED_ENTRY_SIZE = 16  # bytes of an extended L2 entry
-ALL_SUBCLUSTERS = (1 << 32) - 1  # of an extended L2 entry's bitmap: allocated; << 32: zeros
+ALL_DATA = (1 << 32) - 1  # an extended entry's bitmap: all 32 subclusters hold data
+ALL_ZEROS = ALL_DATA << 32  # all read as zeros
 COMPRESSION_TYPES = {"zlib": 0, "zstd": 1}
 
 OFFSET_MASK = (1 << 56) - (1 << 9)  # the bits of an entry that hold a host offset
@@ -110,11 +111,10 @@ OFLAG_COPIED = 1 << 63  # the cluster's refcount is exactly one
 OFLAG_COMPRESSED = 1 << 62  # the other bits are a compressed cluster descriptor's
 OFLAG_ZERO = 1 << 0  # version 3: the cluster reads as zeros
 
-INCOMPATIBLE_DIRTY = 1 << 0
-INCOMPATIBLE_CORRUPT = 1 << 1
 INCOMPATIBLE_DATA_FILE = 1 << 2
 INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+KNOWN_FEATURES = (1 << 5) - 1  # dirty and corrupt say nothing of where data is
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
@@ -127,6 +127,7 @@ MAX_L1_BYTES = 32 << 20  # QCOW_MAX_L1_SIZE in QEMU's block/qcow2.h: no larger t
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # QCOW_MAX_REFTABLE_SIZE in the same place
 MAX_HOST_OFFSET = 1 << 56  # table entries keep an offset in bits 9 to 55
 MAX_BACKING_NAME_BYTES = 1023
+MAX_SNAPSHOTS, MAX_BITMAPS = 65536, 65535  # as many as QEMU reads
 
 # Section "Header" of the specification: name, struct code. All integers are big-endian.
 HEADER_FIELDS = (
@@ -155,6 +156,13 @@ HEADER_FIELDS = (
 HEADER_STRUCT = struct.Struct(">" + "".join(code for _, code in HEADER_FIELDS))
 HEADER_LENGTH = {2: 72, 3: 112}  # bytes; version 3 as QEMU 9.0 writes it
 
+# Section "Snapshots": offset and entries of the L1 table, sizes of ID, name and extra data.
+SNAPSHOT_STRUCT = struct.Struct(">QIHH20xI")
+# Section "Bitmap directory": offset and entries of the table, flags, type, log2 of the bytes that
+# a bit stands for, sizes of name and extra data.
+BITMAP_STRUCT = struct.Struct(">QIIBBHI")
+BITMAP_IN_USE, BITMAP_AUTO, DIRTY_BITMAP = 1, 2, 1  # flags, and the only type
+
 # Type (0 incompatible, 1 compatible, 2 autoclear), bit, name: the eight that QEMU writes.
 FEATURE_NAMES = (
     (0, 0, "dirty bit"),
@@ -166,6 +174,8 @@ FEATURE_NAMES = (
     (2, 0, "bitmaps"),
     (2, 1, "raw external data"),
 )
+
+Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
 
 
 def div_up(number: int, divisor: int) -> int:
@@ -185,16 +195,11 @@ def pack_header(fields: Dict[str, Any]) -> bytes:
 
 
 def unpack_header(data: bytes) -> Dict[str, Any]:
-    """The fields of a header, from the first bytes of a file. What it does not reach is zero.
-
-    Raises ValueError for anything that does not begin as a version 2 or 3 header does.
-    """
+    """The fields of a header; what it does not reach is zero. Raises ValueError if it is none."""
     version = int.from_bytes(data[4:8], "big")
     if data[:4] != MAGIC or version not in HEADER_LENGTH or len(data) < HEADER_LENGTH[2]:
         raise ValueError("it has no qcow2 header")
-    length = HEADER_LENGTH[2]
-    if version == 3:
-        length = int.from_bytes(data[100:104], "big")
+    length = HEADER_LENGTH[2] if version == 2 else int.from_bytes(data[100:104], "big")
     padded = data[: min(length, HEADER_STRUCT.size)].ljust(HEADER_STRUCT.size, b"\0")
     fields = dict(zip((name for name, _ in HEADER_FIELDS), HEADER_STRUCT.unpack(padded)))
     if version == 2:
@@ -208,10 +213,7 @@ def pack_extension(kind: int, payload: bytes) -> bytes:
 
 
 def unpack_extensions(data: bytes) -> Dict[int, bytes]:
-    """The payloads of the header extensions by type; data begins with the first of them.
-
-    Raises ValueError where one does not end within data.
-    """
+    """The payloads of header extensions by type. Raises ValueError where one ends behind data."""
     extensions = {}
     position = 0
     while position + 8 <= len(data):
@@ -254,30 +256,46 @@ def entry_range(first: int, step: int, count: int) -> "array[int]":
     return array("Q", range(first, first + count * step, step))
 
 
+@functools.lru_cache(maxsize=2)
+def ramp_and_ones(step: int, count: int, width: int) -> Tuple[int, int]:
+    """The tables of 0, step, … and of 1, 1, 1, … as numbers; width: bytes of an entry."""
+    ones = int.from_bytes((1).to_bytes(width, "big") * count, "big")
+    return (ones - count) // ((1 << 8 * width) - 1) * step, ones  # a geometric series
+
+
 def ramp_tables(first: int, step: int, entries: int, count: int) -> Iterator[bytes]:
     """Consecutive tables whose entries rise evenly, from first on: `count` of `entries` each.
 
     A table is one long number here, and the next one is the same number with a constant added
     to each of its 64-bit digits: that builds it six times faster than entry_range() does.
     """
-    if not count:
-        return
-    table = int.from_bytes(pack_entries(entry_range(first, step, entries)), "big")
-    ones = int.from_bytes((1).to_bytes(ENTRY_SIZE, "big") * entries, "big")
+    ramp, ones = ramp_and_ones(step, entries, ENTRY_SIZE)
+    table = ramp + ones * first
     increment = ones * (entries * step)
     for _ in range(count):
         yield table.to_bytes(entries * ENTRY_SIZE, "big")
         table += increment
 
 
+def rises_evenly(table: bytes, step: int, width: int) -> bool:
+    """Whether each entry (of `width` bytes) is the one before it and step.
+
+    The table is one long number here as well: that takes a tenth of the time that a loop does.
+    """
+    count = len(table) // width
+    first = int.from_bytes(table[:width], "big")
+    if int.from_bytes(table[-width:], "big") - first != (count - 1) * step:
+        return False
+    ramp, ones = ramp_and_ones(step, count, width)
+    return int.from_bytes(table, "big") == ramp + ones * first
+
+
 def refcount_ones(count: int, refcount_bits: int) -> bytes:
-    """`count` refcounts of one; sub-byte ones fill a byte from its least significant bit."""
-    if refcount_bits >= 8:
-        return (1).to_bytes(refcount_bits // 8, "big") * count
-    full_byte = {1: 0xFF, 2: 0x55, 4: 0x11}[refcount_bits]
-    whole, rest = divmod(count * refcount_bits, 8)
-    tail = bytes((full_byte & ((1 << rest) - 1),)) if rest else b""
-    return bytes((full_byte,)) * whole + tail
+    """`count` refcounts of one."""
+    group = max(1, 8 // refcount_bits)  # as many as fill a byte
+    whole, rest = divmod(count, group)
+    full, tail = (pack_refcounts([1] * number, refcount_bits) for number in (group, rest))
+    return full * whole + tail
 
 
 def pack_refcounts(counts: Iterable[int], refcount_bits: int) -> bytes:
@@ -304,19 +322,149 @@ def pack_compressed(offset: int, size: int, cluster_size: int) -> int:
     return OFLAG_COMPRESSED | sectors << compressed_offset_bits(cluster_size) | offset
 
 
+def unpack_compressed(entry: int, cluster_size: int) -> Tuple[int, int]:
+    """(offset, upper bound of the length) of a compressed cluster, see pack_compressed()."""
+    bits = compressed_offset_bits(cluster_size)
+    offset = entry & (1 << bits) - 1
+    sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
+    return offset, (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
+
+
 def extended_l2_table(table: bytes) -> bytes:
     """An L2 table in extended entries; all 32 subclusters of a cluster are in one state."""
     entries = unpack_entries(table)
+    bitmaps = {0: 0, OFLAG_ZERO: ALL_ZEROS}
     both = array("Q", bytes(2 * len(table)))
     both[::2] = array("Q", (0 if entry == OFLAG_ZERO else entry for entry in entries))
-    both[1::2] = array("Q", map(_subclusters, entries))
+    both[1::2] = array(
+        "Q", (0 if entry & OFLAG_COMPRESSED else bitmaps.get(entry, ALL_DATA) for entry in entries)
+    )
     return pack_entries(both)
 
 
-def _subclusters(entry: int) -> int:
-    if not entry or entry & OFLAG_COMPRESSED:
-        return 0
-    return ALL_SUBCLUSTERS << 32 if entry == OFLAG_ZERO else ALL_SUBCLUSTERS
+_NEVER = 1 << 65  # no entry, and no difference of an entry and an offset
+
+
+def plain_entries(table: bytes, start: int, end: int, allocated: int) -> Iterable[Range]:
+    """(guest offset, entry) for table_runs(): of the first cluster only if all follow it evenly."""
+    size = step = len(table)
+    entries = unpack_entries(table)
+    is_data = entries[0] & allocated and not entries[0] & OFLAG_COMPRESSED
+    if is_data and rises_evenly(table, size, ENTRY_SIZE):
+        step = end - start
+    return zip(range(start, end, step), entries)
+
+
+def subcluster_entries(table: bytes, start: int, end: int, allocated: int) -> Iterable[Range]:
+    """As plain_entries(), of a table of extended ones: an entry for each run of subclusters.
+
+    See section "Extended L2 Entries".
+    """
+    size = step = len(table)
+    entries = unpack_entries(table)
+    is_uniform = not entries[0] & OFLAG_COMPRESSED and entries[1] in (0, ALL_DATA, ALL_ZEROS)
+    if is_uniform and rises_evenly(table, size << 64, EXTENDED_ENTRY_SIZE):
+        step = end - start
+    for at, entry, bitmap in zip(range(start, end, step), entries[::2], entries[1::2]):
+        place = entry & (OFFSET_MASK | OFLAG_COPIED)
+        if entry & OFLAG_COMPRESSED:
+            yield at, entry
+        elif (
+            bitmap & bitmap >> 32
+            or entry & OFFSET_MASK & size - 1
+            or (bitmap & ALL_DATA and not place & allocated)
+        ):
+            raise ValueError(f"the L2 entry {entry:#x} with bitmap {bitmap:#x}")
+        elif bitmap == ALL_DATA:
+            yield at, place
+        else:
+            for first, flag in subcluster_runs(bitmap):
+                distance = first * size // 32
+                if at + distance < end:
+                    yield at + distance, place + distance if flag is None else flag
+
+
+@functools.lru_cache(maxsize=1024)
+def subcluster_runs(bitmap: int) -> List[Tuple[int, Optional[int]]]:
+    """(first, entry if it holds no data) of each run of alike subclusters."""
+    flags = [None if bitmap >> bit & 1 else bitmap >> bit + 32 & OFLAG_ZERO for bit in range(32)]
+    return [(bit, flag) for bit, flag in enumerate(flags) if not bit or flag != flags[bit - 1]]
+
+
+def table_runs(
+    entries: Iterable[Range],
+    end: int,
+    cluster_size: int,
+    reserved: int,
+    allocated: int,
+    holders: Any,
+) -> List[Any]:
+    """What an L2 table says, up to a guest offset (section "Cluster mapping").
+
+    entries     plain_entries() or subcluster_entries() of it
+    reserved    the bits of an entry that must be clear
+    allocated   those of which one at least is set where it has data
+    holders     what stands for data and for compressed data in the runs; None is for zeros
+
+    Returns runs: start and end in guest bytes, holder, host offset, and of a compressed cluster
+    the bytes that hold it (an upper bound), else 0. Where there is none, nothing is allocated.
+    Raises ValueError with the entry that can't be.
+    """
+    data, compressed = holders
+    special = OFLAG_COMPRESSED | OFLAG_ZERO | reserved
+    runs = []
+    begin, holder, offset = 0, None, -1  # type: int, Any, int  # of the run so far, if there is one
+    delta = same = _NEVER  # an entry continues it by this distance from its place, or as this
+    for at, entry in entries:
+        if entry - at == delta or entry == same:
+            continue
+        if offset >= 0:
+            runs.append((begin, at, holder, offset, 0))
+        begin, holder, offset = at, data, entry & OFFSET_MASK
+        delta, same = entry - at, _NEVER
+        if entry & special:
+            if entry & OFLAG_COMPRESSED:
+                offset, stored = unpack_compressed(entry, cluster_size)
+                runs.append((at, min(at + cluster_size, end), compressed, offset, stored))
+                offset, delta = -1, _NEVER
+            elif entry & reserved:
+                raise ValueError(f"the L2 entry {entry:#x}")
+            else:
+                holder, offset, same = None, 0, entry
+        elif not entry & allocated:
+            offset, delta, same = -1, _NEVER, entry
+    if offset >= 0:
+        runs.append((begin, end, holder, offset, 0))
+    return runs
+
+
+def c_string(name: bytes) -> str:
+    """A name in a header, which a NUL byte ends before its place does."""
+    return os.fsdecode(name.split(b"\0")[0])
+
+
+def unpack_directory(
+    read: Callable[[int, int], bytes], layout: struct.Struct, names: int, offset: int, count: int
+) -> Iterator[Tuple[Tuple[int, ...], bytes, bytes]]:
+    """(fields, extra data, names) of each entry of the snapshot table or the bitmap directory.
+
+    read    takes an offset and a length, and returns the file's bytes there
+    names   how many of the fields, before the last one, are sizes of names
+    """
+    for _ in range(count):
+        fields = layout.unpack(read(offset, layout.size))
+        offset += layout.size
+        extra = read(offset, min(fields[-1], 16))
+        offset += fields[-1]
+        text = read(offset, sum(fields[-1 - names : -1]))
+        offset = align_up(offset + len(text), 8)
+        yield fields, extra, text
+
+
+def set_bits(number: int, count: int) -> List[Range]:
+    """(first, end) of each run of ones among the lowest bits of a number, from the lowest."""
+    digits = format(number, f"0{count}b")[::-1]
+    return [ones.span() for ones in re.finditer("1+", digits)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,45 +473,35 @@ def _subclusters(entry: int) -> int:
 # opens and reads disks.
 # ---------------------------------------------------------------------------------------------
 
-_PREADV = getattr(os, "preadv", None)  # Python 3.7
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Python 3.7, Linux
 SEEK_DATA, SEEK_HOLE = 3, 4  # Linux's, from fs.h; PyPy takes them, but doesn't name them
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
-MAX_ZERO_HEADS = 4  # heads of zeros in a row, until all the rest is read as well
 _ZERO_HEAD = bytes(HEAD_SIZE)
-_ZERO_HEADS = bytes(MAX_ZERO_HEADS)
+_ZERO_HEADS = bytes(4)  # so many heads of zeros in a row, until all the rest is read as well
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
 
-KINDS = {  # of what is no disk
-    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a character device", stat.S_IFSOCK: "a socket",
-}  # fmt: skip
-
-Range = Tuple[int, int]  # start and end in bytes or clusters, end exclusive
-
-# Errors of a question that the system does not answer, or not to us.
-_UNAVAILABLE = (
-    "ENOENT ENOTDIR ENODEV ENXIO ESRCH EACCES EPERM EINVAL ENOTTY ENOSYS ENOTSUP ELOOP "
-    "ENAMETOOLONG ENOTCONN ESTALE"
-)
-UNAVAILABLE = [getattr(errno, name) for name in _UNAVAILABLE.split()]
+NO_DISKS = {
+    stat.S_IFDIR: "a folder; give a regular file or a block device",
+    stat.S_IFIFO: "a FIFO; write it to a file first, or read raw data by --size SIZE - < FIFO",
+    stat.S_IFCHR: "a character device; give a regular file or a block device",
+    stat.S_IFSOCK: "a socket; read a server's disk by a URI, nbd+unix:///EXPORT?socket=PATH",
+}
 
 
 @contextlib.contextmanager
 def ignore_unavailable() -> Iterator[None]:
     """Go on where the system does not answer a question, or not us.
 
-    Raises Error where it could, but not just now, as with too few descriptors: what guards
-    somebody's disk must not go blind by that.
+    Raises Error where it could, but not just now: what guards somebody's disk must not go blind.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in UNAVAILABLE:
-            what = quoted(error.filename) if isinstance(error.filename, str) else "a disk"
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+            what = quoted(str(error.filename or "a disk"))
             raise Error(f"cannot look at {what}: {reason(error)}") from error
 
 
@@ -375,6 +513,16 @@ def libc_call(name: str, *arguments: Any) -> int:
         return int(getattr(ctypes.CDLL(None), name)(*arguments))
     except (ImportError, OSError, AttributeError):
         return -1
+
+
+def pread_into(fd: int, buffers: List[Any], offset: int) -> int:
+    """os.preadv() for one buffer."""
+    data = os.pread(fd, len(buffers[0]), offset)
+    buffers[0][: len(data)] = data
+    return len(data)
+
+
+preadv = getattr(os, "preadv", pread_into)  # type: Callable[..., int]  # Python 3.7
 
 
 def sys_folder(device: int) -> str:
@@ -393,32 +541,29 @@ class Watch:
     """What a disk consists of, as it was found: open files and block devices.
 
     Of a file size and time of change count, of a device size and what this host writes to it.
+
+    found   (label, descriptor, what counts) of each
     """
 
     def __init__(self) -> None:
-        self._found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
+        self.found = []  # type: List[Tuple[str, int, Tuple[Any, ...]]]
 
     def add(self, fd: int, label: str) -> None:
         """Watch what an open descriptor leads to, which messages call by its label."""
-        self._found.append((label, fd, self._state(fd, is_thorough=True)))
-
-    def identities(self) -> Iterator[Tuple[str, int]]:
-        """(label, descriptor) of all that is watched."""
-        for label, fd, _ in self._found:
-            yield label, fd
+        self.found.append((label, fd, self._state(fd, is_thorough=True)))
 
     def check(self, is_last: bool = False) -> Optional[str]:
         """What has changed, in words; None if nothing has. The last check may take its time."""
-        for label, fd, before in self._found:
+        for label, fd, before in self.found:
             try:
                 after = self._state(fd, is_last)
             except OSError as error:
                 raise Error(f"cannot look at {label}: {reason(error)}") from error
-            if after[0] != before[0]:
-                sizes = f"{before[0]} to {after[0]} bytes"
-                return f"{label} changed while it was read: its size went from {sizes}"
             if after != before:
-                return f"{label} changed while it was read: it was written to"
+                how = "it was written to"
+                if after[0] != before[0]:
+                    how = f"its size went from {before[0]} to {after[0]} bytes"
+                return f"{label} changed while it was read: {how}"
         return None
 
     @staticmethod
@@ -461,7 +606,9 @@ class DiskFile:
         self.label = label or quoted(path)
         try:
             # Look before opening: to open a FIFO would wait for its other end.
-            self._refuse_unless_disk(os.stat(path).st_mode)
+            what = NO_DISKS.get(stat.S_IFMT(os.stat(path).st_mode))
+            if what is not None:
+                raise Error(f"cannot read {self.label}: it is {what}")
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(self.fd)
             self.is_regular = stat.S_ISREG(status.st_mode)
@@ -485,14 +632,6 @@ class DiskFile:
                 # read of this device before may be old by now.
                 self.advise(0, 0, "DONTNEED")
 
-    def _refuse_unless_disk(self, mode: int) -> None:
-        hint = "give a regular file or a block device"
-        if stat.S_ISFIFO(mode):
-            hint = "write it to a file first, or read raw data by --size SIZE - < FIFO"
-        kind = KINDS.get(stat.S_IFMT(mode))
-        if kind is not None:
-            raise Error(f"cannot read {self.label}: it is {kind}; {hint}")
-
     def close(self) -> None:
         """Close the descriptor, whatever its server says."""
         with contextlib.suppress(OSError):
@@ -502,12 +641,7 @@ class DiskFile:
         """Fill all of view from offset on. Raises Error if it can't be read, or ends too early."""
         while len(view):
             try:
-                if _PREADV is not None:
-                    count = _PREADV(self.fd, [view], offset)
-                else:
-                    data = os.pread(self.fd, len(view), offset)
-                    count = len(data)
-                    view[:count] = data
+                count = preadv(self.fd, [view], offset)
             except OSError as error:
                 raise self.read_error(offset, error) from error
             if not count:
@@ -524,7 +658,7 @@ class DiskFile:
     def look_at_heads(self, offsets: "range") -> bytearray:
         """Read the first HEAD_SIZE bytes at some offsets: 1 where they are not all zeros.
 
-        A head that the file's end cuts counts as zeros. Ends early after MAX_ZERO_HEADS in a row.
+        A head that the file's end cuts counts as zeros. Ends early after some such in a row.
         """
         pread, fd = os.pread, self.fd
         flags = bytearray()
@@ -562,18 +696,16 @@ class DiskFile:
 
     def is_cached(self, offset: int) -> bool:
         """Whether a byte is in memory; True where the kernel does not answer."""
-        if _RWF_NOWAIT is None or _PREADV is None:
+        if _RWF_NOWAIT is None:
             return True
         try:
-            return bool(_PREADV(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
+            return bool(preadv(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
         except OSError as error:
             return error.errno != errno.EAGAIN
 
-    def data_ranges(self, end: int, start: int = 0) -> Iterator[Range]:
-        """(start, end) of what may be no hole from start to end.
-
-        That is all of it where nobody knows: block devices, some file systems.
-        """
+    def data_ranges(self, end: int) -> Iterator[Range]:
+        """(start, end) of what may be no hole: all of a block device, or where nobody knows."""
+        start = 0
         if not self.is_regular or not sys.platform.startswith("linux"):
             yield start, end
             return
@@ -598,8 +730,8 @@ def has_other_views(device: int) -> bool:
     """Whether a partition or a mount may have its own idea of a block device, on Linux."""
     folder = sys_folder(device)
     with ignore_unavailable():
-        places = [".", *os.listdir(folder)]
-        if any(os.path.exists(f"{folder}/{place}/partition") for place in places):
+        names = [".", *os.listdir(folder)]
+        if any(os.path.exists(f"{folder}/{name}/partition") for name in names):
             return True
     return is_mounted([f"{os.major(device)}:{os.minor(device)}"])
 
@@ -655,14 +787,10 @@ class Source:
     images = ()  # type: Sequence[Any]  # the Qcow2Images of which clusters may be passed through
 
     def __init__(self, size: int, watch: Watch) -> None:
-        self.size = size
-        self.watch = watch
+        self.size, self.watch = size, watch
 
     def extents(self) -> Iterator[Extent]:
-        """All that may hold anything but zeros, in guest order: disjoint, within the disk.
-
-        Lazily, and anew with each call.
-        """
+        """All that may hold anything but zeros: disjoint, in guest order, anew with each call."""
         raise NotImplementedError
 
     def copy_extents(self) -> Iterator[Extent]:
@@ -757,19 +885,16 @@ class SalvageSource(Source):
         start, end, file, offset, stored = extent
         try:
             self._disk.read_into(view, start, [extent])
+            return []
         except ReadError:
             # Of a compressed cluster all is lost, else cut at a block near the middle.
             unit = 1 if stored else file.block_size
-            last = (offset + end - start - 1) // unit * unit - offset
-            half = min(align_up(offset + (end - start) // 2, unit) - offset, last)
-            if stored or half <= 0:
+            half = max(1 + offset // unit, (offset + (end - start) // 2) // unit) * unit - offset
+            if stored or half >= end - start:
                 clear(view)
                 return [(start, end)]
-            middle = start + half
-            return self._read_pieces(view[:half], cut(extent, start, middle)) + (
-                self._read_pieces(view[half:], cut(extent, middle, end))
-            )
-        return []
+        first, second = cut(extent, start, start + half), cut(extent, start + half, end)
+        return self._read_pieces(view[:half], first) + self._read_pieces(view[half:], second)
 
     def is_damaged(self, start: int, end: int) -> bool:
         """Whether something between two guest offsets could not be read, and became zeros."""
@@ -785,8 +910,8 @@ PIPE_PACKET = 64 << 10  # bytes that a packet in a pipe may have: a page, on any
 END_OF_INPUT_TIMEOUT = 2.0  # seconds that standard input may stay open when it has given all
 
 
-class StreamFile:
-    """Standard input, a disk that comes only once: a DiskFile for offsets that only rise."""
+class StreamSource(Source):
+    """The disk that standard input is, which comes only once, and the file of its one extent."""
 
     fd = None
     is_remote = False
@@ -794,9 +919,8 @@ class StreamFile:
     identity = (-1,)
 
     def __init__(self, size: int, watch: Watch) -> None:
-        self.size = size
-        self._position = 0
-        self._rest = b""
+        super().__init__(size, watch)
+        self._position, self._rest = 0, b""
         mode = os.fstat(0).st_mode
         if stat.S_ISSOCK(mode):
             import socket
@@ -809,53 +933,45 @@ class StreamFile:
             refuse_direct(0, mode, self.label)
             watch.add(0, self.label)
 
-    def data_ranges(self, end: int) -> Iterator[Range]:
+    def extents(self) -> Iterator[Extent]:
         """All of it: nothing can be known of a stream."""
-        yield 0, end
+        yield 0, self.size, self, 0, 0
 
     def advise(self, offset: int, length: int, how: str) -> None:
         """There is nothing that a kernel could do for a stream."""
 
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill view from offset on, which must not lie before what has been read."""
-        self._skip_to(offset)
+    def read_into(
+        self, view: memoryview, start: int, extents: Optional[Sequence[Extent]] = None
+    ) -> None:
+        """As a disk or, without extents, as a file: from start on, never back."""
+        if extents is not None:
+            super().read_into(view, start, extents)
+            return
+        self._skip_to(start)
         while len(view):
-            count = self._read(view)
-            if not count:
+            # A pipe may keep packets apart, and what is not read of one is lost.
+            data = self._rest or read_some(0, max(len(view), PIPE_PACKET), self.label)
+            if not data:
                 at, size = self._position, self.size
                 raise Error(f"standard input ended after {at} bytes, but --size says {size}")
-            view = view[count:]
+            count = min(len(data), len(view))
+            view[:count] = data[:count]
+            view, self._rest = view[count:], data[count:]
+            self._position += count
 
     def _skip_to(self, offset: int) -> None:
         waste = memoryview(bytearray(min(offset - self._position, 1 << 20)))
         while self._position < offset:
             self.read_into(waste[: offset - self._position], self._position)
 
-    def _read(self, view: memoryview) -> int:
-        # A pipe may keep packets apart, and what is not read of one is lost.
-        data = self._rest or read_some(0, max(len(view), PIPE_PACKET), self.label)
-        self._rest = data[len(view) :]
-        data = data[: len(view)]
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def expect_end(self) -> Optional[str]:
+    def finish(self) -> Optional[str]:
         """Raise Error if more than `size` bytes come. Returns a warning if it stays open."""
         self._skip_to(self.size)
         if not self._rest and not wait_for(0, "POLLIN", END_OF_INPUT_TIMEOUT):
             return f"standard input is still open after the {self.size} bytes that --size says"
-        if self._read(memoryview(bytearray(1))):
+        if self._rest or read_some(0, 1, self.label):
             raise Error(f"standard input goes on after the {self.size} bytes that --size says")
         return None
-
-
-class StreamSource(RawSource):
-    """The disk that standard input is."""
-
-    def finish(self) -> Optional[str]:
-        """Expect the end of the stream. Returns a warning, or None."""
-        return self.file.expect_end()  # type: ignore[no-any-return]  # it is a StreamFile
 
 
 def refuse_direct(fd: int, mode: int, what: str) -> None:
@@ -883,119 +999,8 @@ def wait_for(fd: int, event: str, seconds: Optional[float] = None) -> bool:
     return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
-# --- format: moved behind the other functions of that room ---
-
-KNOWN_FEATURES = (  # dirty and corrupt say nothing of where data is
-    INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE
-    | INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2
-)  # fmt: skip
-MAX_SNAPSHOTS, MAX_BITMAPS = 65536, 65535  # as many as QEMU reads
-SNAPSHOT_STRUCT = struct.Struct(">QIHHIIQII")  # section "Snapshots" of the specification
-BITMAP_STRUCT = struct.Struct(">QIIBBHI")  # section "Bitmap directory"
-BITMAP_IN_USE, BITMAP_AUTO, DIRTY_BITMAP = 1, 2, 1  # flags, and the only type
-RUN_ZERO, RUN_DATA, RUN_COMPRESSED = range(3)  # kinds of runs
-
-# What an L2 table says of a range: start and end in guest bytes, kind, host offset, and of a
-# compressed cluster the bytes that hold it (an upper bound), else 0.
-Run = Tuple[int, int, int, int, int]
-
-
-def c_string(name: bytes) -> str:
-    """A name in a header, which a NUL byte ends before its place does."""
-    return os.fsdecode(name.split(b"\0")[0])
-
-
-def set_bits(number: int, count: int) -> List[Range]:
-    """(first, end) of each run of ones among the lowest bits of a number, from the lowest."""
-    digits = format(number, f"0{count}b")[::-1]
-    return [ones.span() for ones in re.finditer("1+", digits)]
-
-
-def unpack_compressed(entry: int, cluster_size: int) -> Tuple[int, int]:
-    """(offset, length at most) of a compressed cluster, see pack_compressed()."""
-    bits = compressed_offset_bits(cluster_size)
-    offset = entry & (1 << bits) - 1
-    sectors = (entry & OFLAG_COMPRESSED - 1) >> bits
-    return offset, (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
-
-
-@functools.lru_cache(maxsize=2)
-def ramp_and_ones(step: int, count: int) -> Tuple[int, int]:
-    """The tables of 0, step, 2 * step, … and of 1, 1, 1, …, each as one long number."""
-    ramp = int.from_bytes(pack_entries(entry_range(0, step, count)), "big")
-    return ramp, int.from_bytes((1).to_bytes(ENTRY_SIZE, "big") * count, "big")
-
-
-def table_runs(table: bytes, start: int, allocated: int, reserved: int) -> Iterator[Run]:
-    """The runs of an L2 table that begins at a guest offset (section "Cluster mapping").
-
-    allocated   the bits of an entry of which one at least is set where it has data
-    reserved    those that must be clear
-
-    Raises ValueError with the entry that can't be.
-    """
-    size = len(table)
-    entries = unpack_entries(table)
-    first, reach = entries[0], len(entries) * size
-    if first & OFFSET_MASK and entries[-1] - first == reach - size:
-        ramp, ones = ramp_and_ones(size, len(entries))
-        is_plain = not first & (OFLAG_COMPRESSED | size - 1)
-        if is_plain and int.from_bytes(table, "big") == first * ones + ramp:
-            yield start, start + reach, RUN_DATA, first & OFFSET_MASK, 0
-            return
-    begin, offset, kind = start, 0, None  # type: int, int, Optional[int]  # of the run so far
-    expected = step = 0  # the entry that continues it, and how far these rise
-    for entry in entries:
-        if entry != expected:
-            if kind is not None:
-                yield begin, start, kind, offset, 0
-            begin, offset, expected = start, entry & OFFSET_MASK, entry
-            kind, step = None, 0
-            if entry & OFLAG_COMPRESSED:
-                offset, stored = unpack_compressed(entry, size)
-                yield start, start + size, RUN_COMPRESSED, offset, stored
-                expected = -1
-            elif entry & reserved:
-                raise ValueError(f"the L2 entry {entry:#x}")
-            elif entry & OFLAG_ZERO:
-                kind, step = RUN_ZERO, size if offset else 0
-            elif entry & allocated:
-                kind, step = RUN_DATA, size
-        expected += step
-        start += size
-    if kind is not None:
-        yield begin, start, kind, offset, 0
-
-
-@functools.lru_cache(maxsize=1024)
-def subcluster_runs(bitmap: int) -> List[Tuple[int, int, int]]:
-    """(first, end, kind) of subclusters in the same state, in order."""
-    kinds = ((bitmap & ALL_SUBCLUSTERS, RUN_DATA), (bitmap >> 32, RUN_ZERO))
-    return sorted((*ones, kind) for bits, kind in kinds for ones in set_bits(bits, 32))
-
-
-def extended_table_runs(table: bytes, start: int, allocated: int) -> Iterator[Run]:
-    """As table_runs(), of a table of extended entries (section "Extended L2 Entries")."""
-    size = len(table)
-    unit = size // 32
-    entries = unpack_entries(table)
-    for entry, bitmap in zip(entries[::2], entries[1::2]):
-        offset = entry & OFFSET_MASK
-        if entry & OFLAG_COMPRESSED:
-            offset, stored = unpack_compressed(entry, size)
-            yield start, start + size, RUN_COMPRESSED, offset, stored
-        elif entry or bitmap:
-            data = bitmap & ALL_SUBCLUSTERS
-            if data & bitmap >> 32 or (data and not entry & allocated) or offset % size:
-                raise ValueError(f"the L2 entry {entry:#x} with bitmap {bitmap:#x}")
-            for first, end, kind in subcluster_runs(bitmap):
-                yield start + first * unit, start + end * unit, kind, offset + first * unit, 0
-        start += size
-
-
 # Reading qcow2 without QEMU: the extents of an image and of the chain below it, table by table.
 
-RAW_STEP = 1 << 30  # bytes of a raw member whose ranges are taken at once
 F_OFD_GETLK = 36  # Linux's, from fcntl.h
 QEMU_LOCKS = (101, 200)  # bytes that QEMU locks: it may write; nobody else may read
 
@@ -1016,8 +1021,7 @@ def libzstd() -> Any:
             ("ZSTD_createCCtx", pointer, []),
             ("ZSTD_compressBound", size, [size]),
             ("ZSTD_compressCCtx", size, [pointer, pointer, size, pointer, size, ctypes.c_int]),
-            ("ZSTD_createDCtx", pointer, []),
-            ("ZSTD_decompressDCtx", size, [pointer, pointer, size, pointer, size]),
+            ("ZSTD_decompress", size, [pointer, size, pointer, size]),
             ("ZSTD_findFrameCompressedSize", size, [pointer, size]),
             ("ZSTD_isError", ctypes.c_uint, [size]),
         ):  # type: Tuple[str, Any, List[Any]]
@@ -1036,61 +1040,50 @@ def import_zstd() -> Any:
 
 
 def inflate_zlib(data: bytes, size: int) -> bytes:
-    """A cluster of `size` bytes from raw deflate, whatever follows. Raises ValueError."""
+    """A cluster of `size` bytes from raw deflate, whatever follows; less if it is damaged."""
     import zlib
 
-    try:
+    with contextlib.suppress(zlib.error):
         return zlib.decompressobj(-15).decompress(data, size)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
+    return b""
 
 
 def inflate_zstd(data: bytes, size: int) -> bytes:
-    """A cluster of `size` bytes from zstd frames, whatever follows. Raises ValueError."""
+    """A cluster of `size` bytes from zstd frames, whatever follows; less if it is damaged."""
+    library = libzstd()
+    if library is None:
+        return inflate_zstd_by_python(data, size)
+    import ctypes
+
+    cluster = ctypes.create_string_buffer(size)
+    filled = 0
+    while filled < size:
+        # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
+        length = library.ZSTD_findFrameCompressedSize(data, len(data))
+        if library.ZSTD_isError(length):
+            return b""
+        rest = ctypes.byref(cluster, filled)
+        count = library.ZSTD_decompress(rest, size - filled, data, length)
+        if library.ZSTD_isError(count):
+            return b""
+        filled, data = filled + count, data[length:]
+    return cluster.raw
+
+
+def inflate_zstd_by_python(data: bytes, size: int) -> bytes:
+    """As inflate_zstd()."""
+    zstd = import_zstd()
     cluster = b""
-    while data and len(cluster) < size:
-        part, data = inflate_frame(data, size - len(cluster))
-        cluster += part
+    with contextlib.suppress(zstd.ZstdError):
+        while data and len(cluster) < size:
+            frame = zstd.ZstdDecompressor()
+            cluster += frame.decompress(data, size - len(cluster))
+            data = frame.unused_data
     return cluster
 
 
-def inflate_frame(data: bytes, size: int) -> Tuple[bytes, bytes]:
-    """Up to `size` bytes from the first zstd frame, and what follows it. Raises ValueError."""
-    library = libzstd()
-    if library is None:
-        zstd = import_zstd()
-        frame = zstd.ZstdDecompressor()
-        try:
-            return frame.decompress(data, size), frame.unused_data
-        except zstd.ZstdError as error:
-            raise ValueError(str(error)) from error
-    import ctypes
-    import threading
-
-    # A frame's end must be known: what follows it is the next cluster's, or nothing at all.
-    length = library.ZSTD_findFrameCompressedSize(data, len(data))
-    if library.ZSTD_isError(length):
-        raise ValueError("no frame of zstd")
-    context, target = zstd_context(threading.get_ident())
-    count = library.ZSTD_decompressDCtx(context, target, size, data, length)
-    if library.ZSTD_isError(count):
-        raise ValueError("a broken frame of zstd")
-    return ctypes.string_at(target, count), data[length:]
-
-
-@functools.lru_cache(maxsize=None)
-def zstd_context(_thread: int) -> Tuple[Any, Any]:
-    """What a thread inflates with, and where to: a context, and a buffer for any cluster."""
-    import ctypes
-
-    return libzstd().ZSTD_createDCtx(), ctypes.create_string_buffer(CLUSTER_SIZES[-1])
-
-
 def refuse_if_open_for_writing(file: DiskFile) -> None:
-    """Raise Error if QEMU has a qcow2 image open for writing: its tables would change.
-
-    QEMU's locks are asked for, not taken.
-    """
+    """Raise Error if QEMU may write to an image. Its locks are asked for, not taken."""
     flock = "hhqqi"  # type, whence, start, length, process
     for byte in QEMU_LOCKS if sys.platform.startswith("linux") else ():
         wanted = struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
@@ -1103,14 +1096,111 @@ def refuse_if_open_for_writing(file: DiskFile) -> None:
                 )
 
 
-class Qcow2Image:
-    """One qcow2 image: where its guest clusters are, as its tables say.
+class Qcow2File:
+    """The file of a qcow2 image: its header, and the directories to which that leads.
 
-    file            the image's own file
     size            of the disk in bytes
     cluster_size    bytes
-    backing_file    the name in the header, or None
-    backing_format  of that, or empty
+    backing_file    the name in the header, or None; backing_format, or empty
+    """
+
+    def __init__(self, path: str, watch: Watch, resources: contextlib.ExitStack) -> None:
+        """Read the header. Raises Error for what is no image, or a broken one."""
+        self.file = file = resources.enter_context(contextlib.closing(DiskFile(path, watch)))
+        self.identity = file.identity
+        first = file.read(0, min(file.size, 64 << 10))
+        try:
+            self.header = header = unpack_header(first)
+            bits, length = header["cluster_bits"], header["header_length"]
+            self.cluster_size = 1 << min(bits, 21)
+            self.extensions = unpack_extensions(first[length : self.cluster_size])
+        except ValueError as error:
+            raise Error(f"{file.label} is no qcow2 image: {error}") from error
+        if not 9 <= bits <= 21 or (header["version"] > 2 and not 104 <= length <= 1 << bits):
+            raise self.corrupt(f"clusters of 2^{bits} bytes, and a header of {length}")
+        self.size = header["size"] // SECTOR_SIZE * SECTOR_SIZE
+        start, length = header["backing_file_offset"], header["backing_file_size"]
+        if start and (length > MAX_BACKING_NAME_BYTES or start + length > self.cluster_size):
+            raise self.corrupt(f"a backing file's name of {length} bytes at offset {start}")
+        self.backing_file = c_string(self.read(start, length) if start else b"") or None
+        self.backing_format = c_string(self.extensions.get(EXTENSION_BACKING_FORMAT, b""))
+
+    def corrupt(self, what: str) -> Error:
+        """What to raise where metadata can't be."""
+        return Error(f"{self.file.label} is corrupt: it has {what}; qemu-img check says more")
+
+    def missing(self, kind: str, wanted: str, names: Iterable[str]) -> Error:
+        """What to raise where there is no snapshot or bitmap of a name."""
+        has = ", ".join(map(quoted, names)) or f"no {kind}s"
+        return Error(f"{self.file.label} has no {kind} {quoted(wanted)}; it has {has}")
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Metadata at an offset. Raises Error if it lies behind the file's end."""
+        if offset + length > self.file.size:
+            raise self.file.ended_early(self.file.size)
+        return self.file.read(offset, length)
+
+    def find_snapshot(self, wanted: str) -> Tuple[int, int, int]:
+        """(offset and entries of its L1 table, its disk's size) by the ID or else the name."""
+        by_id = {}  # type: Dict[str, Tuple[int, int, int]]
+        by_name = dict(by_id)
+        count = min(self.header["nb_snapshots"], MAX_SNAPSHOTS)
+        table = self.header["snapshots_offset"]
+        for fields, extra, names in unpack_directory(self.read, SNAPSHOT_STRUCT, 2, table, count):
+            l1_offset, l1_entries, id_size, *_ = fields
+            size = int.from_bytes(extra[8:], "big") if len(extra) == 16 else self.size
+            found = l1_offset, l1_entries, size // SECTOR_SIZE * SECTOR_SIZE
+            by_id.setdefault(os.fsdecode(names[:id_size]), found)
+            by_name.setdefault(os.fsdecode(names[id_size:]), found)
+        snapshots = {**by_name, **by_id}
+        if wanted not in snapshots:
+            raise self.missing("snapshot", wanted, by_name)
+        return snapshots[wanted]
+
+    def bitmap_ranges(self, name: str) -> Tuple[Iterator[Range], bool]:
+        """(the byte ranges that a dirty bitmap says have changed, whether it is recording).
+
+        Raises Error if there is none of that name, or if it can't be relied on.
+        """
+        directory = self.extensions.get(EXTENSION_BITMAPS, b"")
+        count = position = 0
+        if len(directory) == 24 and self.header["autoclear_features"] & AUTOCLEAR_BITMAPS:
+            count, position = struct.unpack(">I12xQ", directory)
+        count = min(count, MAX_BITMAPS)
+        rows = unpack_directory(self.read, BITMAP_STRUCT, 1, position, count)
+        bitmaps = {os.fsdecode(key): fields for fields, _, key in rows}
+        if name not in bitmaps:
+            raise self.missing("bitmap", name, bitmaps)
+        offset, count, flags, kind, granularity_bits, _, extra_size = bitmaps[name]
+        if flags & BITMAP_IN_USE or extra_size or kind != DIRTY_BITMAP:
+            raise Error(
+                f"the bitmap {quoted(name)} of {self.file.label} is in use or inconsistent: its "
+                "writer has not closed the image; export the whole disk and begin a new bitmap"
+            )
+        reach = self.cluster_size * 8 << granularity_bits  # of a cluster of the bitmap, in bytes
+        is_whole = count == div_up(self.header["size"], reach)
+        if granularity_bits > 31 or not is_whole or count * ENTRY_SIZE > MAX_L1_BYTES:
+            raise self.corrupt(f"a bitmap with a table of {count} entries")
+        table = unpack_entries(self.read(offset, count * ENTRY_SIZE))
+        return joined(self._dirty_ranges(table, granularity_bits)), bool(flags & BITMAP_AUTO)
+
+    def _dirty_ranges(self, table: "array[int]", granularity_bits: int) -> Iterator[Range]:
+        bits = self.cluster_size * 8
+        for index, entry in enumerate(table):
+            spans = [(0, bits)] if entry & 1 else []
+            if entry & OFFSET_MASK:
+                data = self.read(entry & OFFSET_MASK, self.cluster_size)
+                spans = set_bits(int.from_bytes(data, "little"), bits)
+            for span in spans:
+                start, end = ((index * bits + bit) << granularity_bits for bit in span)
+                yield start, min(end, self.size)
+
+
+class Qcow2Image(Qcow2File):
+    """A qcow2 image whose disk, or that of a snapshot, is read by its tables.
+
+    reach           guest bytes that an L2 table describes
+    table_count     how many of these the disk needs
     """
 
     def __init__(
@@ -1119,55 +1209,17 @@ class Qcow2Image:
         watch: Watch,
         resources: contextlib.ExitStack,
         snapshot: Optional[str] = None,
-        needs_tables: bool = True,
     ) -> None:
-        """Read the header and the L1 table.
-
-        snapshot        the ID or the name of an internal one whose disk is meant
-        needs_tables    not only the header and what it leads to is wanted
+        """Read the header and the L1 table; snapshot: the ID or name of an internal one.
 
         Raises Error for what is no image, or a broken one, NeedsQemu for what is not read here.
         """
-        self.file = resources.enter_context(contextlib.closing(DiskFile(path, watch)))
-        self.identity = self.file.identity
-        first = self.file.read(0, min(self.file.size, 64 << 10))
-        try:
-            self._header = header = unpack_header(first)
-            bits, length = header["cluster_bits"], header["header_length"]
-            self.cluster_size = 1 << min(bits, 21)
-            self._extensions = unpack_extensions(first[length : self.cluster_size])
-        except ValueError as error:
-            raise Error(f"{self.file.label} is no qcow2 image: {error}") from error
-        if not 9 <= bits <= 21 or (header["version"] > 2 and not 104 <= length <= 1 << bits):
-            raise self._corrupt(f"clusters of 2^{bits} bytes, and a header of {length}")
-        self.size = header["size"] // SECTOR_SIZE * SECTOR_SIZE
-        self.is_encrypted = bool(header["crypt_method"])
-        start, length = header["backing_file_offset"], header["backing_file_size"]
-        if start and (length > MAX_BACKING_NAME_BYTES or start + length > self.cluster_size):
-            raise self._corrupt(f"a backing file's name of {length} bytes at offset {start}")
-        self.backing_file = c_string(self._read(start, length) if start else b"") or None
-        self.backing_format = c_string(self._extensions.get(EXTENSION_BACKING_FORMAT, b""))
-        if needs_tables:
-            self._read_features()
-            self._data_file = self._open_data_file(watch, resources)
-            self._read_l1(snapshot)
-
-    def _corrupt(self, what: str) -> Error:
-        return Error(f"{self.file.label} is corrupt: it has {what}; qemu-img check says more")
-
-    def _read(self, offset: int, length: int) -> bytes:
-        if offset + length > self.file.size:
-            raise self.file.ended_early(self.file.size)
-        return self.file.read(offset, length)
-
-    def _read_features(self) -> None:
-        kind, features = self._header["compression_type"], self._header["incompatible_features"]
-        self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
-        self._is_extended = bool(features & INCOMPATIBLE_EXTENDED_L2)
+        super().__init__(path, watch, resources)
+        features, kind = self.header["incompatible_features"], self.header["compression_type"]
         if features & ~KNOWN_FEATURES or kind > 1:
             raise NeedsQemu()
         if kind != bool(features & INCOMPATIBLE_COMPRESSION):
-            raise self._corrupt("a compression type that its features don't match")
+            raise self.corrupt("a compression type that its features don't match")
         self.compression_type, self._inflate = "zlib", inflate_zlib
         if kind:
             self.compression_type, self._inflate = "zstd", inflate_zstd
@@ -1175,227 +1227,173 @@ class Qcow2Image:
                 libzstd() or import_zstd()
             except ImportError:
                 raise NeedsQemu() from None
+        self._is_external = bool(features & INCOMPATIBLE_DATA_FILE)
+        self._data_file = self.file
+        if self._is_external:
+            self._data_file = self._open_data_file(path, watch, resources)
+        # In an external data file, offset 0 may be a cluster's place.
+        self._allocated = OFFSET_MASK | (OFLAG_COPIED if self._is_external else 0)
+        flags = OFLAG_ZERO if self.header["version"] > 2 else 0
+        self._unpack = plain_entries  # type: Callable[[bytes, int, int, int], Iterable[Range]]
+        self._reserved = (self.cluster_size - 1) & ~flags
+        entry_size = ENTRY_SIZE
+        if features & INCOMPATIBLE_EXTENDED_L2:
+            self._unpack, self._reserved = subcluster_entries, 0
+            entry_size = EXTENDED_ENTRY_SIZE
+        self.reach = self.cluster_size // entry_size * self.cluster_size
+        self._read_l1(snapshot)
 
-    def _open_data_file(self, watch: Watch, resources: contextlib.ExitStack) -> DiskFile:
-        if not self._is_external:
-            return self.file
-        name = c_string(self._extensions.get(EXTENSION_DATA_FILE_NAME, b""))
+    def _open_data_file(self, path: str, watch: Watch, resources: contextlib.ExitStack) -> DiskFile:
+        name = c_string(self.extensions.get(EXTENSION_DATA_FILE_NAME, b""))
         if not name:
             raise NeedsQemu()
         # QEMU looks for it in the current folder, and people beside the image.
-        data_file = resources.enter_context(contextlib.closing(DiskFile(name, watch)))
-        with ignore_unavailable():
-            beside = os.stat(os.path.join(os.path.dirname(self.file.path), name))
-            if file_identity(beside) != data_file.identity:
-                raise Error(
-                    f"the data file {quoted(name)} of {self.file.label} is looked for in the "
-                    "current folder, but the image's folder has one as well; change to that folder"
-                )
-        return data_file
+        beside = os.path.join(os.path.dirname(path), name)
+        if os.path.exists(beside) and not (os.path.exists(name) and os.path.samefile(name, beside)):
+            raise Error(
+                f"the data file {quoted(name)} of {self.file.label} is looked for in the current "
+                "folder, but there is one beside the image; change to that folder"
+            )
+        return resources.enter_context(contextlib.closing(DiskFile(name, watch)))
 
     def _read_l1(self, snapshot: Optional[str]) -> None:
-        offset, count = self._header["l1_table_offset"], self._header["l1_size"]
+        offset, entries = self.header["l1_table_offset"], self.header["l1_size"]
         if snapshot is not None:
-            offset, count, self.size = self._find_snapshot(snapshot)
-        entry_size = EXTENDED_ENTRY_SIZE if self._is_extended else ENTRY_SIZE
-        self._reach = self.cluster_size // entry_size * self.cluster_size  # of an L2 table, bytes
-        needed = div_up(self.size, self._reach)
-        if count * ENTRY_SIZE > MAX_L1_BYTES or count < needed:
-            raise self._corrupt(f"an L1 table of {count} entries for {self.size} bytes")
-        if offset % self.cluster_size and count:
-            raise self._corrupt(f"an L1 table at offset {offset}")
-        self._l1 = unpack_entries(self._read(offset, needed * ENTRY_SIZE))
-        self._decoded = (-1, [])  # type: Tuple[int, List[Extent]]  # the last table that was
+            offset, entries, self.size = self.find_snapshot(snapshot)
+        self.table_count = div_up(self.size, self.reach)
+        if entries * ENTRY_SIZE > MAX_L1_BYTES or entries < self.table_count:
+            raise self.corrupt(f"an L1 table of {entries} entries for {self.size} bytes")
+        if offset % self.cluster_size and entries:
+            raise self.corrupt(f"an L1 table at offset {offset}")
+        self._l1 = unpack_entries(self.read(offset, self.table_count * ENTRY_SIZE))
 
-    def _find_snapshot(self, wanted: str) -> Tuple[int, int, int]:
-        """(offset and entries of a snapshot's L1 table, its disk's size)."""
-        by_id, by_name = {}, {}  # type: Dict[str, Tuple[int, int, int]], Dict[str, Any]
-        position = self._header["snapshots_offset"]
-        for _ in range(min(self._header["nb_snapshots"], MAX_SNAPSHOTS)):
-            fields = SNAPSHOT_STRUCT.unpack(self._read(position, SNAPSHOT_STRUCT.size))
-            offset, entries, id_size, name_size, *_, extra_size = fields
-            position += SNAPSHOT_STRUCT.size
-            extra = self._read(position, min(extra_size, 16))
-            size = int.from_bytes(extra[8:], "big") if len(extra) == 16 else self.size
-            position += extra_size
-            names = self._read(position, id_size + name_size)
-            position = align_up(position + len(names), 8)
-            found = offset, entries, size // SECTOR_SIZE * SECTOR_SIZE
-            by_id.setdefault(os.fsdecode(names[:id_size]), found)
-            by_name.setdefault(os.fsdecode(names[id_size:]), found)
-        return by_id.get(wanted) or self._named("snapshot", wanted, by_name)
+    def table(self, index: int) -> Sequence[Extent]:
+        """The extents of one L2 table, and in order with them zeros, which have no file.
 
-    def _named(self, kind: str, name: str, found: Dict[str, Any]) -> Any:
-        if name not in found:
-            has = ", ".join(map(quoted, found)) or "none that counts"
-            raise Error(f"{self.file.label} has no {kind} {quoted(name)}; it has {has}")
-        return found[name]
+        Raises Error where a file ends before its data.
+        """
+        offset = self._l1[index] & OFFSET_MASK
+        if offset % self.cluster_size:
+            raise self.corrupt(f"an L2 table at offset {offset}")
+        table = self.read(offset, self.cluster_size) if offset else b""
+        if table == zeros(len(table)):
+            return ()
+        start, end = index * self.reach, min((index + 1) * self.reach, self.size)
+        holders = self._data_file, self
+        try:
+            entries = self._unpack(table, start, end, self._allocated)
+            runs = table_runs(
+                entries, end, self.cluster_size, self._reserved, self._allocated, holders
+            )
+        except ValueError as error:
+            raise self.corrupt(str(error)) from error
+        limit = min(self.file.size, self._data_file.size)
+        # Compressed data may be shorter than what is said of it: then all is looked at closely.
+        if [run for run in runs if run[3] + run[4] + run[1] - run[0] > limit]:
+            return list(self._within_files(runs))
+        return runs
+
+    def _within_files(self, extents: Iterable[Extent]) -> Iterator[Extent]:
+        data_size = self._data_file.size
+        for extent in extents:
+            start, end, file, offset, stored = extent
+            behind = offset + end - start - data_size  # so many bytes of it
+            if stored and offset < self.file.size:
+                yield start, end, self, offset, min(stored, self.file.size - offset)
+            elif file is None or (not stored and behind <= 0):
+                yield extent
+            elif stored or not self._is_external:
+                raise self.file.ended_early(self.file.size)
+            else:  # behind the end of a data file are zeros
+                middle = max(start, end - behind)
+                if middle > start:
+                    yield start, middle, file, offset, 0
+                yield middle, end, None, 0, 0
+
+    def check_end(self) -> None:
+        """Raise Error if the last table in use, or what it leads to, lies behind the file's end."""
+        for index in reversed(range(self.table_count)):
+            if self._l1[index] & OFFSET_MASK:
+                self.table(index)
+                return
+
+    def compressed_offsets(self) -> "array[int]":
+        """The host offsets of all compressed clusters, sorted."""
+        tables = map(self.table, range(self.table_count))
+        return array("Q", sorted(row[3] for table in tables for row in table if row[4]))
 
     def inflate(self, offset: int, stored: int) -> bytes:
         """The cluster that is compressed in `stored` bytes at an offset. For any thread."""
-        try:
-            cluster = self._inflate(self.file.read(offset, stored), self.cluster_size)
-        except ValueError:
-            cluster = b""
+        cluster = self._inflate(self.file.read(offset, stored), self.cluster_size)
         if len(cluster) != self.cluster_size:
             what = f"the compressed cluster at offset {offset} is damaged"
             raise ReadError(f"cannot read {self.file.label}: {what}")
         return cluster
 
-    def runs(self, start: int, end: int) -> Iterator[Extent]:
-        """What the image itself says of guest bytes from start to end, in order.
 
-        Extents whose file is None are zeros; of what is between them, the backing file decides.
-        """
-        end = min(end, self.size)
-        for index in range(start // self._reach, div_up(end, self._reach)):
-            if self._decoded[0] != index:
-                self._decoded = index, self._decode(index)
-            extents = self._decoded[1]
-            for at in range(max(0, bisect.bisect(extents, (start + 1,)) - 1), len(extents)):
-                extent = extents[at]
-                if extent[0] >= end:
-                    return
+class Layer:
+    """A member of a chain and what is below it, gone through once from its start to its end.
+
+    extents     all that it holds
+    """
+
+    def __init__(self, member: Union[Qcow2Image, RawSource], below: Optional["Layer"]) -> None:
+        if isinstance(member, Qcow2Image):
+            self.extents = self._merged(member, below)
+        else:
+            self.extents = member.extents()
+        self._position = 0  # what lies before is needed by nobody: tables of it are not read
+        self._next = (0, 0, None, 0, 0)  # type: Extent
+
+    def _merged(self, image: Qcow2Image, below: Optional["Layer"]) -> Iterator[Extent]:
+        for index in range(image.table_count):
+            start = index * image.reach
+            end = min(start + image.reach, image.size)
+            if end <= self._position:
+                continue
+            extents = image.table(index)
+            if below is None:
+                yield from [extent for extent in extents if extent[2] is not None]
+                continue
+            for extent in extents:
+                if start < extent[0]:
+                    yield from below.take(start, extent[0])
+                if extent[2] is not None:
+                    yield extent
+                start = extent[1]
+            if start < end:
+                yield from below.take(start, end)
+
+    def take(self, start: int, end: int) -> Iterator[Extent]:
+        """What lies between start and end, cut to that. Never back: start must rise."""
+        self._position = start
+        extent = self._next
+        while extent[0] < end:
+            if extent[1] > start:
                 if start <= extent[0] and extent[1] <= end:
                     yield extent
-                elif extent[1] > start:
+                else:
                     yield cut(extent, max(start, extent[0]), min(end, extent[1]))
-
-    def compressed_offsets(self) -> "array[int]":
-        """The host offsets of all compressed clusters, sorted."""
-        return array("Q", sorted(run[3] for run in self.runs(0, self.size) if run[4]))
-
-    def check_end(self) -> None:
-        """Raise Error if the last table in use, or what it leads to, lies behind the file's end."""
-        for index in reversed(range(len(self._l1))):
-            if self._l1[index] & OFFSET_MASK:
-                self._decode(index)
-                return
-
-    def _decode(self, index: int) -> List[Extent]:
-        """The extents that one L2 table leads to, those that read as zeros among them."""
-        offset = self._l1[index] & OFFSET_MASK
-        if offset % self.cluster_size:
-            raise self._corrupt(f"an L2 table at offset {offset}")
-        table = self._read(offset, self.cluster_size) if offset else b""
-        if table == zeros(len(table)):
-            return []
-        start = index * self._reach
-        # In an external data file, offset 0 may be a cluster's place.
-        allocated = OFFSET_MASK | (OFLAG_COPIED if self._is_external else 0)
-        if self._is_extended:
-            runs = extended_table_runs(table, start, allocated)
-        else:
-            flags = OFLAG_ZERO if self._header["version"] > 2 else 0
-            runs = table_runs(table, start, allocated, (self.cluster_size - 1) & ~flags)
-        try:
-            return list(self._extents(runs))
-        except ValueError as error:
-            raise self._corrupt(str(error)) from error
-
-    def _extents(self, runs: Iterable[Run]) -> Iterator[Extent]:
-        """The runs up to the disk's end. Raises Error where a file ends before its data."""
-        data_file, data_size = self._data_file, self._data_file.size
-        for start, whole_end, kind, offset, stored in runs:
-            end = min(whole_end, self.size)
-            if start >= end:
-                break
-            if kind == RUN_ZERO:
-                yield start, end, None, 0, 0
-            elif kind == RUN_COMPRESSED and offset < self.file.size:
-                yield start, end, self, offset, min(stored, self.file.size - offset)
-            elif kind == RUN_DATA and offset + end - start <= data_size:
-                yield start, end, data_file, offset, 0
-            elif kind == RUN_COMPRESSED or not self._is_external:
-                raise self.file.ended_early(self.file.size)
-            else:  # behind the end of a data file are zeros
-                middle = start + max(0, data_size - offset)
-                if middle > start:
-                    yield start, middle, data_file, offset, 0
-                yield middle, end, None, 0, 0
-
-    def bitmap_ranges(self, name: str) -> Tuple[Iterator[Range], bool]:
-        """(the byte ranges that a dirty bitmap says have changed, whether it is recording).
-
-        Raises Error if there is none of that name, or if it can't be relied on.
-        """
-        directory = self._extensions.get(EXTENSION_BITMAPS, b"")
-        bitmaps = {}  # type: Dict[str, Tuple[int, ...]]
-        if len(directory) == 24 and self._header["autoclear_features"] & AUTOCLEAR_BITMAPS:
-            count, position = struct.unpack(">I12xQ", directory)
-            for _ in range(min(count, MAX_BITMAPS)):
-                fields = BITMAP_STRUCT.unpack(self._read(position, BITMAP_STRUCT.size))
-                position += BITMAP_STRUCT.size + fields[-1]
-                bitmaps[os.fsdecode(self._read(position, fields[-2]))] = fields
-                position = align_up(position + fields[-2], 8)
-        fields = self._named("bitmap", name, bitmaps)
-        offset, count, flags, kind, granularity_bits, _, extra_size = fields
-        if flags & BITMAP_IN_USE or extra_size or kind != DIRTY_BITMAP:
-            raise Error(
-                f"the bitmap {quoted(name)} of {self.file.label} is in use or inconsistent: its "
-                "writer has not closed the image; export the whole disk and begin a new bitmap"
-            )
-        reach = self.cluster_size * 8 << granularity_bits  # of a cluster of the bitmap, in bytes
-        is_whole = count == div_up(self._header["size"], reach)
-        if granularity_bits > 31 or not is_whole or count * ENTRY_SIZE > MAX_L1_BYTES:
-            raise self._corrupt(f"a bitmap with a table of {count} entries")
-        table = unpack_entries(self._read(offset, count * ENTRY_SIZE))
-        return joined(self._dirty_ranges(table, granularity_bits)), bool(flags & BITMAP_AUTO)
-
-    def _dirty_ranges(self, table: "array[int]", granularity_bits: int) -> Iterator[Range]:
-        bits = self.cluster_size * 8
-        for index, entry in enumerate(table):
-            spans = [(0, bits)] if entry & 1 else []
-            if entry & OFFSET_MASK:
-                data = self._read(entry & OFFSET_MASK, self.cluster_size)
-                spans = set_bits(int.from_bytes(data, "little"), bits)
-            for span in spans:
-                start, end = ((index * bits + bit) << granularity_bits for bit in span)
-                yield start, min(end, self.size)
+                if extent[1] > end:
+                    break
+            self._next = extent = next(self.extents, (MAX_SIZE, MAX_SIZE, None, 0, 0))
 
 
 class ChainSource(Source):
-    """The disk of a qcow2 image and of what is below it.
+    """The disk of a qcow2 image and of what is below it."""
 
-    members     Qcow2Images, and perhaps the DiskFile of a raw one at the end
-    """
-
-    def __init__(self, members: Sequence[Any], watch: Watch) -> None:
+    def __init__(self, members: Sequence[Union[Qcow2Image, RawSource]], watch: Watch) -> None:
+        """The top image first; a raw disk may be below them all."""
         super().__init__(members[0].size, watch)
         self._members = members
         self.images = [member for member in members if isinstance(member, Qcow2Image)]
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
-        last = self._members[-1]
-        # Asked once: to ask a file for its holes again behind each hole above is quadratic.
-        raw = Cutter(last.data_ranges(last.size) if isinstance(last, DiskFile) else ())
-        return self._extents_of(0, 0, self.size, raw)
-
-    def _extents_of(self, depth: int, start: int, end: int, raw: "Cutter") -> Iterator[Extent]:
-        """What the members from a depth on hold. Past the end of a shorter one are zeros.
-
-        raw     the ranges of a raw member that may hold data
-        """
-        if depth == len(self._members):
-            return
-        member = self._members[depth]
-        end = min(end, member.size)
-        if isinstance(member, DiskFile):
-            while start < end:
-                step = min(end, max(start, raw.first(start)[0]) + RAW_STEP)
-                for first, last in raw.take(start, step):
-                    yield first, last, member, first, 0
-                start = step
-            return
-        for extent in member.runs(start, end):
-            if start < extent[0]:
-                yield from self._extents_of(depth + 1, start, extent[0], raw)
-            if extent[2] is not None:
-                yield extent
-            start = extent[1]
-        if start < end:
-            yield from self._extents_of(depth + 1, start, end, raw)
+        layer = None  # type: Any
+        for member in reversed(self._members):
+            layer = Layer(member, layer)
+        return layer.extents  # type: ignore[no-any-return]
 
 
 def open_qcow2(
@@ -1405,28 +1403,27 @@ def open_qcow2(
 
     Raises Error for a broken image, a chain that contains itself, or one that is being written.
     """
-    members = []  # type: List[Any]
-    fmt = "qcow2"
+    images = []  # type: List[Qcow2Image]
     while True:
-        if fmt == "raw":
-            members.append(resources.enter_context(contextlib.closing(DiskFile(path, watch))))
-            return ChainSource(members, watch)
         try:
-            image = Qcow2Image(path, watch, resources, None if members else snapshot)
+            image = Qcow2Image(path, watch, resources, None if images else snapshot)
         except NeedsQemu:
             return None
-        if image.is_encrypted:
+        if image.header["crypt_method"]:
             return None
-        if image.identity in [member.identity for member in members]:
-            raise Error(f"the chain of {members[0].file.label} contains {image.file.label} twice")
+        if image.identity in [each.identity for each in images]:
+            raise Error(f"the chain of {images[0].file.label} contains {image.file.label} twice")
         refuse_if_open_for_writing(image.file)
-        members.append(image)
+        images.append(image)
         name, fmt = image.backing_file, image.backing_format
         if name is None:
-            return ChainSource(members, watch)
+            return ChainSource(images, watch)
         if fmt not in ("raw", "qcow2") or re.match("[^/]*:", name):
             return None
         path = os.path.join(os.path.dirname(path), name)
+        if fmt == "raw":
+            file = resources.enter_context(contextlib.closing(DiskFile(path, watch)))
+            return ChainSource([*images, RawSource(file, watch)], watch)
 
 
 # An NBD client of our own. doc/proto.md of the NBD project is "the protocol" below, and names all
@@ -2248,7 +2245,7 @@ class Member:
         if self.format == "qcow2" and os.path.isfile(self.name):
             with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
                 qcow2 = Qcow2Image(self.name, Watch(), resources)
-                collections.deque(qcow2.runs(0, qcow2.size), maxlen=0)
+                collections.deque(map(qcow2.table, range(qcow2.table_count)), maxlen=0)
         elif self.format == "qcow" and self.files:
             refuse_if_qcow_tables_are_missing(self.files[0][1])
         elif self.format == "vpc" and self.files:
@@ -4052,7 +4049,7 @@ class OutputGuard:
 
     def refuse_if_source(self, watch: Watch) -> None:
         """Raise Error if the output would overwrite a disk that is read, or grow into it."""
-        for label, fd in watch.identities() if self._is_on_disk else ():
+        for label, fd, _ in watch.found if self._is_on_disk else ():
             theirs = file_identity(os.fstat(fd))
             if overlap(same_bytes(self._identity, self._fd), all_below(theirs, fd)):
                 size = os.lseek(fd, 0, os.SEEK_END)
@@ -4898,7 +4895,7 @@ class Opener:
         if image.is_options:
             return open_with_qemu(image, watch, resources, objects)
         if name == "-":
-            return StreamSource(StreamFile(self._options.size, watch), watch)
+            return StreamSource(self._options.size, watch)
         if is_nbd_uri(name):
             return RawSource(connect_nbd_uri(name, resources, bitmap), watch, known.size)
         if PROTOCOLS.match(name) and not os.path.exists(name):
@@ -4957,7 +4954,7 @@ class Opener:
         if is_nbd_uri(name) and isinstance(disk, RawSource):
             ranges, is_recording = disk.file.bitmap_ranges(disk.size), True
         else:
-            image = Qcow2Image(name, self._watch, self._resources, needs_tables=False)
+            image = Qcow2File(name, self._watch, self._resources)
             ranges, is_recording = image.bitmap_ranges(bitmap)
         if not is_recording:
             warn(f"the bitmap {quoted(bitmap)} is disabled: what was written since is not in it")

@@ -233,7 +233,7 @@ def test_a_bitmap_that_is_not_there(tmp_path: Path) -> None:
     top = make(tmp_path / "top.qcow2", MIB, over=image)
     for path in (top, make(tmp_path / "none.qcow2", MIB)):
         result = run("-f", "qcow2", path, "--bitmap", "b", env=NO_PROGRAMS)
-        assert_refused(result, "no bitmap 'b'", path.name, "none")
+        assert_refused(result, "no bitmap 'b'", path.name, "no bitmaps")
     result = run("-f", "qcow2", image, "--bitmap", "c", env=NO_PROGRAMS)
     assert_refused(result, "no bitmap 'c'", "it has 'b'")
     raw = write_disk(tmp_path / "raw", MIB)
@@ -413,7 +413,7 @@ def test_snapshots_by_id_then_by_name(tmp_path: Path) -> None:
     result = run("-f", "qcow2", image, "-l", "y", env=NO_PROGRAMS)
     assert_refused(result, "no snapshot 'y'", "'x'", "'a long name, and more='")
     empty = make(tmp_path / "b.qcow2", MIB)
-    assert_refused(run("-f", "qcow2", empty, "-l", "1"), "no snapshot '1'", "none")
+    assert_refused(run("-f", "qcow2", empty, "-l", "1"), "no snapshot '1'", "no snapshots")
 
 
 @pytest.mark.parametrize(

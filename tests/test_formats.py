@@ -205,8 +205,8 @@ def test_what_a_chain_shares_is_not_read(tmp_path: Path) -> None:
     options = ["-f", "qcow2", top, "--diff", base]
     shell("strace", "-e", "preadv,preadv2,pread64", "-o", log, "python3", PROGRAM, *options)
     lines = [line for line in log.read_text().splitlines() if "preadv" in line]
-    # Three headers and three L2 tables, and the cluster that differs.
-    assert sum(int(line.rsplit("=", 1)[1]) for line in lines) < 8 * 65536
+    # Three headers and three L2 tables, two of them again for the copy, and what differs.
+    assert sum(int(line.rsplit("=", 1)[1]) for line in lines) < 10 * 65536
 
 
 NAMES = [

@@ -126,10 +126,10 @@ def test_the_name_of_a_data_file_is_looked_for_from_the_current_folder(tmp_path:
     shell(*words, cwd=folder)
     shell("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "a.qcow2", cwd=folder)
     assert exported("a.qcow2", cwd=folder) == b"\7" * MIB
-    assert_refused(run("-f", "qcow2", folder / "a.qcow2", cwd=tmp_path), "'d'", "No such file")
-    shutil.copy(folder / "d", tmp_path)  # the same, but who knows
-    result = run("-f", "qcow2", folder / "a.qcow2", cwd=tmp_path)
-    assert_refused(result, "data file 'd'", "current folder")
+    for _ in range(2):
+        result = run("-f", "qcow2", folder / "a.qcow2", cwd=tmp_path)
+        assert_refused(result, "data file 'd'", "current folder")
+        shutil.copy(folder / "d", tmp_path)  # the same, but who knows
     (folder / "d").unlink()
     assert exported(folder / "a.qcow2", cwd=tmp_path) == b"\7" * MIB
 
@@ -435,7 +435,7 @@ def test_a_name_that_is_no_qcow2_image(tmp_path: Path) -> None:
         assert_refused(run("-f", "qcow2", tmp_path / name), name, "no qcow2 image")
     assert_refused(run("-f", "qcow2", tmp_path), "it is a folder")
     assert_refused(run("-f", "qcow2", tmp_path / "nothing"), "No such file")
-    assert_refused(run("-f", "qcow2", "-"), "comes once", "qcow2", "file")
+    assert_refused(run("-f", "qcow2", "-"), "in order", "qcow2", "file")
 
 
 @pytest.mark.guarantee(

@@ -132,7 +132,7 @@ def test_a_hole_is_never_read(tmp_path: Path) -> None:
 
 def test_data_file_raw_reads_nothing(tmp_path: Path) -> None:
     raw = Recipe(1 << 20, [(0, "noise", 1 << 20)]).write(tmp_path / "disk.raw")
-    log = trace(tmp_path, str(raw), "-R")
+    log = trace(tmp_path, "-f", "raw", str(raw), "-R")
     (opened,) = [line for line in calls(log, "openat") if str(raw) in line]
     fd = opened.rsplit("=", 1)[1].strip()
     assert not [line for line in calls(log, "(preadv?2?|sendfile)") if f"({fd}," in line]

@@ -53,7 +53,7 @@ def read_disk(path: Path) -> Union[bytes, str]:
 def read_rest(path: Path) -> None:
     """A bitmap and a snapshot, whatever the damage has left of them."""
     with contextlib.ExitStack() as resources, contextlib.suppress(program.Error):
-        image = program.Qcow2Image(str(path), program.Watch(), resources, needs_tables=False)
+        image = program.Qcow2File(str(path), program.Watch(), resources)
         collections.deque(image.bitmap_ranges("b")[0], 0)
     with contextlib.ExitStack() as resources, contextlib.suppress(program.Error):
         source = program.open_qcow2(str(path), program.Watch(), resources, "s")
