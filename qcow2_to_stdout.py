@@ -3336,6 +3336,7 @@ def batches(steps: Iterable[Step], share_size: int) -> Iterator[List[Step]]:
 # What other programs say of a disk's extents, in JSON. Nothing in it is trusted to be well-formed,
 # and nothing is ever opened or run because of it.
 
+_SPACES = re.compile(r"[ \t\r\n]*")
 MAX_ENTRY = 64 << 10  # characters of an extent: what may be long in it is a file's name
 
 
@@ -3383,63 +3384,72 @@ class Layout(NamedTuple):
         return heapq.merge(self.data, self.zeros)
 
 
-def json_list(read: Callable[[], bytes], what: str) -> Iterator[Any]:
-    """The elements of a list in JSON, decoded one at a time as it is read.
+class JsonText:
+    """A text in JSON that is read as it is decoded, from the character number `at` on."""
 
-    read    gives more bytes, none at the end
-    what    the list's name in messages
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        """read: gives more bytes, none at the end."""
+        self._read = read
+        self.text, self.at = "", 0
+
+    def more(self) -> bool:
+        """Read on. False at the end."""
+        data = self._read()
+        # Only names and descriptions can hold more than ASCII, and nobody asks for those.
+        self.text, self.at = self.text[self.at :] + data.decode("latin-1"), 0
+        return bool(data)
+
+    def mark(self) -> str:
+        """Skip spaces. Returns the next character, or an empty string at the end."""
+        while True:
+            self.at = _SPACES.match(self.text, self.at).end()  # type: ignore[union-attr]  # always
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+
+def json_list(read: Callable[[], bytes], what: str) -> Iterator[Any]:
+    """The elements of a JSON list, decoded one at a time as it is read.
+
+    what    its name in messages
 
     Raises Error where it isn't a list.
     """
     import json
 
-    decode, skip_space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*").match
-    text, at, index = "", 0, 0
-
-    def more() -> bool:
-        nonlocal text, at
-        data = read()
-        # Only names and descriptions can hold more than ASCII, and nobody asks for those.
-        text, at = text[at:] + data.decode("latin-1"), 0
-        return bool(data)
-
-    def mark() -> str:  # the next character that is no space; empty at the end
-        nonlocal at
-        while True:
-            at = skip_space(text, at).end()  # type: ignore[union-attr]  # it always matches
-            if at < len(text) or not more():
-                return text[at : at + 1]
-
-    if mark() != "[":
-        if not text:
+    decode = json.JSONDecoder().raw_decode
+    json_text = JsonText(read)
+    if json_text.mark() != "[":
+        if not json_text.text:
             raise Error(f"{what} is not a JSON list: it is empty; has its producer failed?")
         raise Error(
             f"{what} is not a JSON list of extents, as `rbd diff --format json`, `qemu-img map "
             "--output=json` or `nbdinfo --map --json` write it"
         )
-    at += 1
-    has_more = mark() != "]"
+    json_text.at += 1
+    index = 0
+    has_more = json_text.mark() != "]"
     while has_more:
         try:
-            entry, at = decode(text, at)
+            entry, json_text.at = decode(json_text.text, json_text.at)
         except (ValueError, RecursionError) as error:
-            if isinstance(error, ValueError) and len(text) - at <= MAX_ENTRY and more():
+            left = len(json_text.text) - json_text.at
+            if isinstance(error, ValueError) and left <= MAX_ENTRY and json_text.more():
                 continue
             why = f"not JSON, nested too deep, or has more than {MAX_ENTRY} characters"
             raise Error(f"{what}: entry {index} is {why}") from error
         yield entry
         index += 1
-        if text.startswith(",{", at):  # the shorter way to the same
-            at += 1
+        if json_text.text.startswith(",{", json_text.at):  # the shorter way to the same
+            json_text.at += 1
             continue
-        has_more = mark() == ","
+        has_more = json_text.mark() == ","
         if has_more:
-            at += 1
-            mark()
-    if mark() != "]":
+            json_text.at += 1
+            json_text.mark()
+    if json_text.mark() != "]":
         raise Error(f"{what}: there is no comma and no end behind entry {index - 1}")
-    at += 1
-    if mark():
+    json_text.at += 1
+    if json_text.mark():
         raise Error(f"{what}: there is something behind the end of the list")
 
 
