@@ -8,7 +8,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List
 
 import pytest
 from support import judges
@@ -493,22 +493,17 @@ def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> 
     assert_refused(run("--image-opts", node), "is truncated")
 
 
-@pytest.mark.parametrize("form, unit", [("qcow2", 65536), ("qcow", 4096)])
-def test_a_truncated_image_whose_tables_are_missing(tmp_path: Path, form: str, unit: int) -> None:
+def test_a_truncated_image_whose_tables_are_missing(tmp_path: Path) -> None:
     """What an L2 table behind the end would tell of seems never to have been written."""
-    image = create(tmp_path / "a", "4G", form=form)
+    image, unit = create(tmp_path / "a", "4G"), 65536
     for gigabyte in range(4):
-        write(image, f"write -P 7 {gigabyte}G {unit}", form=form)
+        write(image, f"write -P 7 {gigabyte}G {unit}")
     content = image.read_bytes()
-    cuts = range(unit * 3 if form == "qcow2" else 48, len(content), unit)  # from the L1 table on
+    cuts = range(unit * 3, len(content), unit)  # from the L1 table on
     assert len(cuts) > 4
     for cut in cuts:
         image.write_bytes(content[:cut])
-        result = run("-f", form, image)
-        assert_refused(result, "/a'")
-        assert "is truncated" in result.stderr or "cannot open" in result.stderr
-        node = f"driver={form},file.driver=file,file.filename={image}"
-        assert_refused(run("--image-opts", node), str(image))
+        assert_refused(run("-f", "qcow2", image), "/a'", "is truncated")
 
 
 def test_the_extent_of_a_flat_vmdk(tmp_path: Path) -> None:
@@ -589,40 +584,6 @@ def test_a_vhd_of_which_qemu_would_not_read_the_end(tmp_path: Path, kind: str) -
         stream("-f", "vpc", image)
     patch_vhd(image, creator=b"vbox", current_size=100 * MIB)
     assert_refused(run("-f", "vpc", image), "a.vhd", "104857600 bytes")
-
-
-def esx_snapshot(folder: Path) -> Tuple[Path, Path]:
-    """A descriptor, and its extent: 32 KiB at 0 and at 4 MiB, each behind its own grain table."""
-    write_disk(folder / "base-flat.vmdk", 8 * MIB, [(0, noise(8 * MIB))])
-    head = "# Disk DescriptorFile\nversion=1\n"
-    (folder / "base.vmdk").write_text(
-        head + 'CID=11111111\nparentCID=ffffffff\ncreateType="vmfs"\n'
-        'RW 16384 VMFS "base-flat.vmdk"\n'
-    )
-    (folder / "snapshot.vmdk").write_text(
-        head + 'CID=22222222\nparentCID=11111111\ncreateType="vmfsSparse"\n'
-        'parentFileNameHint="base.vmdk"\nRW 16384 VMFSSPARSE "snapshot-delta.vmdk"\n'
-    )
-    header = struct.pack("<4s10I", b"COWD", 1, 3, 16384, 1, 4, 4, 200, 0, 0, 0)
-    directory = struct.pack("<4I", 8, 0, 104, 0)
-    extent = bytearray(header.ljust(4 * SECTOR_SIZE, b"\0") + directory)
-    for table in (8, 104):
-        extent = extent.ljust(table * SECTOR_SIZE, b"\0")
-        extent += struct.pack("<64I", *range(table + 32, table + 96)).ljust(32 * SECTOR_SIZE, b"\0")
-        extent += noise(64 * SECTOR_SIZE, table)
-    (folder / "snapshot-delta.vmdk").write_bytes(extent)
-    return folder / "snapshot.vmdk", folder / "snapshot-delta.vmdk"
-
-
-def test_a_truncated_snapshot_of_esx(tmp_path: Path) -> None:
-    """Where a grain table is missing, its parent would show."""
-    image, extent = esx_snapshot(tmp_path)
-    expected = stream(as_raw(image, "vmdk"))
-    assert stream("-f", "vmdk", image) == expected
-    assert noise(64 * SECTOR_SIZE, 104) in expected
-    for sectors in (*range(199, 5, -9), 135, 104, 103, 8, 7):
-        os.truncate(extent, sectors * SECTOR_SIZE)
-        assert_refused(run("-f", "vmdk", image), "snapshot", "vmdk'")
 
 
 def test_a_vmdk_whose_parent_has_no_name(tmp_path: Path) -> None:
