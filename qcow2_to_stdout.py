@@ -1429,27 +1429,25 @@ def open_qcow2(
 # An NBD client of our own. doc/proto.md of the NBD project is "the protocol" below, and names all
 # constants. Integers are big-endian.
 
-NBD_MAGIC, NBD_OPTION_MAGIC, NBD_OLD_MAGIC = b"NBDMAGIC", b"IHAVEOPT", b"\0\0\x42\2\x81\x86\x12\x53"
-NBD_REP_MAGIC = 0x3E889045565A9
-NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC = 0x25609513, 0x67446698
-NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+NBD_MAGIC, NBD_OPTION_MAGIC, NBD_REP_MAGIC = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
+NBD_REQUEST_MAGIC = 0x25609513
+NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x67446698, 0x668E33EF
 NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES = 1, 2
 NBD_OPT_EXPORT_NAME, NBD_OPT_STARTTLS, NBD_OPT_GO = 1, 5, 7
 NBD_OPT_STRUCTURED_REPLY, NBD_OPT_SET_META_CONTEXT = 8, 10
 NBD_REP_ACK, NBD_REP_INFO, NBD_REP_META_CONTEXT = 1, 3, 4
 NBD_REP_ERROR = 1 << 31  # added to each of the next
 NBD_REP_ERR_UNSUP, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 5, 6
-NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
-NBD_FLAG_SEND_DF = 1 << 7
+NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = b"\0\0", b"\0\3"
+NBD_FLAG_SEND_DF, NBD_CMD_FLAG_DF = 1 << 7, 1 << 2
 NBD_CMD_READ, NBD_CMD_BLOCK_STATUS = 0, 7
-NBD_CMD_FLAG_DF = 1 << 2
 NBD_REPLY_FLAG_DONE = 1
 NBD_REPLY_NONE, NBD_REPLY_OFFSET_DATA, NBD_REPLY_OFFSET_HOLE, NBD_REPLY_BLOCK_STATUS = 0, 1, 2, 5
 NBD_REPLY_ERROR_BIT, NBD_REPLY_ERROR_OFFSET = 1 << 15, (1 << 15) + 2
-NBD_STATE_ZERO, NBD_STATE_DIRTY = 2, 1  # of base:allocation, of qemu:dirty-bitmap
-NBD_EOVERFLOW = 75
+NBD_DIRTY_BITMAP = "qemu:dirty-bitmap:"  # before the name of one: a metadata context
+NBD_STATE_ZERO, NBD_STATE_DIRTY = 2, 1  # of base:allocation, of a dirty bitmap
 NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
-NBD_REPLY = struct.Struct(">IHHQ")  # magic, flags and type of a chunk (or the error), cookie
+NBD_REPLY = ">IHHQ"  # magic, flags and type of a chunk (or the error), cookie
 NBD_REFUSALS = {  # what the errors of a negotiation mean; some servers have no words for them
     2: "the server's policy forbids it",
     NBD_REP_ERR_TLS_REQD: "the server wants TLS; write nbds instead of nbd",
@@ -1465,8 +1463,8 @@ NBD_HEADS = 64  # heads in flight, for a server that is far away
 MAX_NBD_READ = 32 << 20  # bytes that a server must take if it names no limit
 MAX_NBD_MIN_BLOCK = 64 << 10
 MAX_NBD_STATUS = (1 << 32) - MAX_NBD_MIN_BLOCK  # bytes of a request for block status
-MAX_NBD_PAYLOAD = 64 << 20  # bytes of anything that is no data
-MAX_NBD_REPLIES, MAX_NBD_REPLY = 100, 64 << 10  # to one option; bytes of each
+MAX_NBD_PAYLOAD = 16 << 20  # bytes of a reply, but for data: nbdkit sends 8 MiB of block status
+BROKEN_PROTOCOL = "the server breaks the protocol"
 
 
 class NbdAddress(NamedTuple):
@@ -1519,21 +1517,16 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
     if "tls-certificates" in values and scheme != "nbds":
         raise Error(what + "certificates are for TLS; write nbds instead of nbd")
     host = decode(place.group(1) or place.group(2)) or "localhost"
-    return NbdAddress(
-        host,
-        int(place.group(3) or NBD_PORT),
-        values.get("socket"),
-        decode(path),
-        scheme == "nbds",
-        values.get("tls-certificates"),
-    )
+    port, has_tls = int(place.group(3) or NBD_PORT), scheme == "nbds"
+    folder = values.get("tls-certificates")
+    return NbdAddress(host, port, values.get("socket"), decode(path), has_tls, folder)
 
 
 def socket_reason(error: Exception) -> str:
     """What went wrong with a connection: names and TLS have error numbers of their own."""
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, struct.error):
-        return "the server breaks the protocol"
+        return BROKEN_PROTOCOL
     if text == "timed out":
         return f"the server does not answer within {NBD_TIMEOUT} seconds"
     return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)", "", quoted(text)[1:-1])
@@ -1562,92 +1555,78 @@ def shown_text(data: bytes) -> str:
     return quoted(data.decode("utf-8", "replace"))[1:-1]
 
 
-class NbdHandshake:
-    """The negotiation with an NBD server, up to where requests can be sent.
+class NbdConnection:
+    """A connection to an NBD server, negotiated up to where requests can be sent.
 
-    size            of the export in bytes
-    flags           of its transmission
-    block_size      the unit of requests in bytes
-    max_read        bytes of a request
-    is_structured   answers come in chunks
-    contexts        the metadata contexts that there are: number by name
+    size        of the export in bytes
+    flags       of its transmission
+    block_size  the unit of requests in bytes
+    max_read    bytes of a request
+    contexts    the metadata contexts that there are: number by name
+    has_tls     whether it is encrypted
     """
 
-    def __init__(self, sock: Any) -> None:
-        self._use(sock)
-        self.size = self.flags = 0
-        self.block_size, self.max_read = 1, MAX_NBD_READ
-        self.is_structured = False
-        self.contexts = {}  # type: Dict[str, int]
-
-    def _use(self, sock: Any) -> None:
-        self.sock = sock
-        self._reader = sock.makefile("rb", NBD_BUFFER_SIZE)
-
-    def run(self, export: str, wanted: Sequence[str], address: Optional[NbdAddress]) -> None:
+    def __init__(
+        self, sock: Any, export: str, wanted: Sequence[str], address: Optional[NbdAddress]
+    ) -> None:
         """Negotiate.
 
         wanted      names of metadata contexts
         address     where the server is, if TLS is wanted
 
-        Raises Error if the server refuses, OSError or ValueError where it can't be understood.
+        Raises OSError, ValueError or struct.error, see socket_reason().
         """
-        magic = self.receive(16)
-        if magic == NBD_MAGIC + NBD_OLD_MAGIC:
-            raise ValueError("the server talks the oldstyle protocol; newstyle is needed")
-        if magic != NBD_MAGIC + NBD_OPTION_MAGIC:
+        self._use(sock)
+        self.has_tls = address is not None
+        self.block_size, self.max_read = 1, MAX_NBD_READ
+        self.contexts = {}  # type: Dict[str, int]
+        magic, kind, flags = self.unpack(">8s8sH")
+        if magic != NBD_MAGIC:
             raise ValueError("who answers is no NBD server")
-        flags = int.from_bytes(self.receive(2), "big")
-        if not flags & NBD_FLAG_FIXED_NEWSTYLE:
-            raise ValueError("the server talks an old protocol; fixed newstyle is needed")
+        if kind != NBD_OPTION_MAGIC or not flags & NBD_FLAG_FIXED_NEWSTYLE:
+            raise ValueError("the server talks an oldstyle protocol; fixed newstyle is needed")
         flags &= NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES
         self.sock.sendall(struct.pack(">I", flags))
         if address is not None:
-            replies = None
+            accepted = None
             with contextlib.suppress(ValueError):
-                replies = self._ask(NBD_OPT_STARTTLS)
-            if replies is None:
+                accepted = self._ask(NBD_OPT_STARTTLS)
+            if accepted is None:
                 raise ValueError("the server has no TLS; write nbd instead of nbds")
             # What was sent in the clear and is not read yet goes with the old reader.
             self._use(start_tls(self.sock, address))
-        self.is_structured = self._ask(NBD_OPT_STRUCTURED_REPLY) is not None
         name = os.fsencode(export)
         counted_name = struct.pack(">I", len(name)) + name
-        if self.is_structured:
+        if self._ask(NBD_OPT_STRUCTURED_REPLY) is not None:
             self._set_contexts(counted_name, [os.fsencode(each) for each in wanted])
-        infos = self._ask(NBD_OPT_GO, counted_name + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE))
+        infos = self._ask(NBD_OPT_GO, counted_name + b"\0\1" + NBD_INFO_BLOCK_SIZE)
         if infos is None:
             self._send_option(NBD_OPT_EXPORT_NAME, name)  # without it, the server closes
-            self.size, self.flags = struct.unpack(">QH", self.receive(10))
-            self.receive(0 if flags & NBD_FLAG_NO_ZEROES else 124)
+            self.size, self.flags = self.unpack(">QH" if flags & NBD_FLAG_NO_ZEROES else ">QH124x")
         else:
             self._take_infos(infos)
-        if self.size > MAX_SIZE:
-            raise ValueError(f"an export of {self.size} bytes is not possible")
 
-    def _take_infos(self, infos: List[Tuple[int, bytes]]) -> None:
-        has_size = False
-        for kind, payload in infos:
-            about = int.from_bytes(payload[:2], "big") if kind == NBD_REP_INFO else None
-            if about == NBD_INFO_EXPORT:
-                self.size, self.flags = struct.unpack(">2xQH", payload)
-                has_size = True
-            elif about == NBD_INFO_BLOCK_SIZE:
-                self.block_size, _, largest = struct.unpack(">2xIII", payload)
-                if self.block_size not in [1 << bits for bits in range(17)]:
-                    raise ValueError(f"blocks of {self.block_size} bytes are not possible")
-                self.max_read = min(largest, MAX_NBD_READ) // self.block_size * self.block_size
-                if not self.max_read:
-                    raise ValueError(f"requests of {largest} bytes are not possible")
-        if not has_size:
-            raise ValueError("the server does not say how large the export is")
+    def _use(self, sock: Any) -> None:
+        self.sock = sock
+        self._reader = sock.makefile("rb", NBD_BUFFER_SIZE)
 
-    def _set_contexts(self, name: bytes, wanted: List[bytes]) -> None:
+    def _set_contexts(self, name: bytes, wanted: Sequence[bytes]) -> None:
         queries = b"".join(struct.pack(">I", len(each)) + each for each in wanted)
         data = name + struct.pack(">I", len(wanted)) + queries
         for kind, payload in self._ask(NBD_OPT_SET_META_CONTEXT, data) or []:
             if kind == NBD_REP_META_CONTEXT:
                 self.contexts[os.fsdecode(payload[4:])] = int.from_bytes(payload[:4], "big")
+
+    def _take_infos(self, infos: List[Tuple[int, bytes]]) -> None:
+        known = {payload[:2]: payload for kind, payload in infos if kind == NBD_REP_INFO}
+        if NBD_INFO_EXPORT not in known:
+            raise ValueError("the server does not say how large the export is")
+        self.size, self.flags = struct.unpack(">2xQH", known[NBD_INFO_EXPORT])
+        if NBD_INFO_BLOCK_SIZE in known:
+            block, _, largest = struct.unpack(">2xIII", known[NBD_INFO_BLOCK_SIZE])
+            if block not in [1 << bits for bits in range(17)] or largest < block:
+                raise ValueError(f"blocks of {block} to {largest} bytes are not possible")
+            self.block_size, self.max_read = block, min(largest, MAX_NBD_READ) // block * block
 
     def _send_option(self, option: int, data: bytes) -> None:
         self.sock.sendall(NBD_OPTION_MAGIC + struct.pack(">II", option, len(data)) + data)
@@ -1656,10 +1635,10 @@ class NbdHandshake:
         """What the server replies to an option: type and payload of each; None if unknown to it."""
         self._send_option(option, data)
         replies = []  # type: List[Tuple[int, bytes]]
-        for _ in range(MAX_NBD_REPLIES):
-            magic, echo, kind, length = struct.unpack(">QIII", self.receive(20))
-            if magic != NBD_REP_MAGIC or echo != option or length > MAX_NBD_REPLY:
-                break
+        while True:
+            magic, echo, kind, length = self.unpack(">QIII")
+            if magic != NBD_REP_MAGIC or echo != option:
+                raise ValueError(BROKEN_PROTOCOL)
             payload = self.receive(length)
             if kind == NBD_REP_ACK:
                 return replies
@@ -1670,13 +1649,13 @@ class NbdHandshake:
                 said = shown_text(payload) or f"error {number}"
                 raise ValueError(NBD_REFUSALS.get(number, "the server refuses") + f" ({said})")
             replies.append((kind, payload))
-        raise ValueError("the server breaks the protocol")
 
     def receive(self, length: int) -> bytes:
-        """`length` bytes. Raises OSError where they don't come."""
-        data = self._reader.read(length)
-        if len(data) < length:
-            raise OSError("the server has closed the connection")
+        """`length` bytes. Raises OSError where they don't come, ValueError if they are too many."""
+        if length > MAX_NBD_PAYLOAD:
+            raise ValueError(BROKEN_PROTOCOL)
+        data = bytearray(length)
+        self.receive_into(memoryview(data))
         return bytes(data)
 
     def receive_into(self, view: Any) -> None:
@@ -1684,24 +1663,26 @@ class NbdHandshake:
         if self._reader.readinto(view) < len(view):
             raise OSError("the server has closed the connection")
 
+    def unpack(self, code: str) -> Tuple[Any, ...]:
+        """The numbers that come next. Raises OSError where they don't come."""
+        return struct.unpack(code, self.receive(struct.calcsize(code)))
+
 
 class NbdRequest:
-    """One of a batch of requests, and what has come of its answer.
+    """A request, and what has come of its answer.
 
     view        where the data that is read goes; None if something else is asked for
     context     the metadata context that is asked for
-    batch       of the whole batch, in a list: the number of requests that are not answered yet
     left        bytes of data that have not come yet
     extents     a block status answer: pairs of a length and a state, 32 bits each
-    error       the server's error number, what that means, and the offset where
+    error       the offset where it failed, and why
     """
 
     def __init__(self, offset: int, length: int, view: Any = None, context: int = 0) -> None:
         self.offset, self.length, self.view, self.context = offset, length, view, context
-        self.batch = [0]
         self.left = 0 if view is None else length
         self.extents = b""
-        self.error = None  # type: Optional[Tuple[int, str, int]]
+        self.error = None  # type: Optional[Tuple[int, str]]
 
     def place(self, offset: int, length: int) -> Any:
         """Where data of the answer goes. Raises ValueError if it was not asked for."""
@@ -1713,70 +1694,65 @@ class NbdRequest:
 
     def fail(self, number: int, offset: int, said: str = "") -> None:
         """Take an error: the protocol's numbers are Linux's."""
-        text = os.strerror(number) if number < 1 << 12 else f"error {number}"
-        self.error = number, text + (f" ({said})" if said else ""), offset
+        self.error = offset, os.strerror(number & 0xFFFF) + (f" ({said})" if said else "")
+
+    def receive_chunk(self, connection: NbdConnection, kind: int, length: int) -> None:
+        """Receive the payload of a chunk, `length` bytes. Raises what NbdConnection does."""
+        if kind == NBD_REPLY_OFFSET_DATA and length >= 8:
+            (offset,) = connection.unpack(">Q")
+            connection.receive_into(self.place(offset, length - 8))
+            return
+        payload = connection.receive(length)
+        if kind == NBD_REPLY_OFFSET_HOLE:
+            clear(self.place(*struct.unpack(">QI", payload)))
+        elif kind == NBD_REPLY_BLOCK_STATUS and length % 8 == 4:
+            if int.from_bytes(payload[:4], "big") == self.context:
+                self.extents = payload[4:]
+        elif kind & NBD_REPLY_ERROR_BIT:
+            number, size = struct.unpack_from(">IH", payload)
+            offset = self.offset
+            if kind == NBD_REPLY_ERROR_OFFSET:
+                (offset,) = struct.unpack_from(">Q", payload, 6 + size)
+            self.fail(number, offset, shown_text(payload[6 : 6 + size]))
+        elif kind != NBD_REPLY_NONE:
+            raise ValueError(BROKEN_PROTOCOL)
 
 
 class NbdExport:
     """An NBD server's export, with the methods of a DiskFile.
 
     Any thread may read; many requests are on their way at once. One of the threads that wait
-    receives the answers for all of them, until its own are there; then another one does.
+    receives the answers to all of them, until its own are there; then another one does.
     """
 
     fd = None
     is_remote = True
 
-    def __init__(
-        self,
-        sock: Any,
-        label: str,
-        export: str = "",
-        address: Optional[NbdAddress] = None,
-        bitmap: Optional[str] = None,
-    ) -> None:
-        """Negotiate on a new connection, which is closed with the export.
-
-        label       what the export is called in messages
-        address     where the server is, if TLS is wanted
-        bitmap      the name of a dirty bitmap whose ranges will be asked for
-
-        Raises Error if that fails.
-        """
+    def __init__(self, connection: NbdConnection, label: str) -> None:
+        """Use a connection, which is closed with the export; messages call it by its label."""
         import threading
 
-        self.label = label
+        self._connection, self.label = connection, label
         self.identity = ("nbd", id(self))
-        self._broken = ""  # why nothing more can be asked
-        self._handshake = shake = NbdHandshake(sock)
-        names = ["base:allocation"]
-        if bitmap is not None:
-            names.append("qemu:dirty-bitmap:" + bitmap)
-        try:
-            sock.settimeout(NBD_TIMEOUT)
-            shake.run(export, names, address)
-            shake.sock.settimeout(None)
-        except (OSError, ValueError, struct.error) as error:
-            raise Error(f"cannot open {label}: {socket_reason(error)}") from error
-        if names[-1] not in shake.contexts and bitmap is not None:
-            raise Error(f"cannot open {label}: its server has no dirty bitmap {quoted(bitmap)}")
-        self.size, self.block_size = shake.size, max(shake.block_size, SECTOR_SIZE)
-        self._bitmap = shake.contexts.get(names[-1])
-        self._read_size = min(shake.max_read, max(NBD_READ_SIZE, shake.block_size))
-        can_df = shake.is_structured and shake.flags & NBD_FLAG_SEND_DF
-        self._read_flags = NBD_CMD_FLAG_DF if can_df else 0  # else qemu-nbd sends many chunks
+        self.size, block = connection.size, connection.block_size
+        self.block_size = max(block, SECTOR_SIZE)
+        self._read_size = min(connection.max_read, max(NBD_READ_SIZE, block))
+        # Else qemu-nbd sends a chunk for each extent.
+        self._read_flags = NBD_CMD_FLAG_DF if connection.flags & NBD_FLAG_SEND_DF else 0
         self._sending = threading.Lock()
         # OpenSSL allows no two threads in one session.
-        self._receiving = self._sending if address else threading.Lock()
+        self._receiving = self._sending if connection.has_tls else threading.Lock()
         self._answered = threading.Condition()  # a batch is complete, or its receiver has ended
         self._cookies = itertools.count()
-        self._waiting = {}  # type: Dict[int, NbdRequest]  # for an answer, by cookie
+        # By the cookie of a request without an answer: all such requests of its batch, by cookie.
+        self._waiting = {}  # type: Dict[int, Dict[int, NbdRequest]]
+        self._broken = ""  # why nothing more can be asked
 
     def close(self) -> None:
         """Close the connection. A thread that still receives is stopped by that."""
         with contextlib.suppress(OSError):
-            self._handshake.sock.shutdown(2)
-        self._handshake.sock.close()
+            self._connection.sock.shutdown(2)
+        self._connection.sock.close()
 
     def advise(self, offset: int, length: int, how: str) -> None:
         """The protocol's NBD_CMD_CACHE is not worth a request."""
@@ -1785,23 +1761,19 @@ class NbdExport:
         """A server is never as near as memory."""
         return False
 
-    def read_error(self, offset: int, why: str) -> ReadError:
-        """What to raise where a request fails."""
+    def _read_error(self, offset: int, why: str) -> ReadError:
         return ReadError(f"cannot read {self.label} at offset {offset}: {why}")
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill all of view from offset on. Raises Error where the server can't."""
-        if offset + len(view) > self.size:
-            raise self.read_error(offset, f"it has {self.size} bytes")
         self._read([(view, offset)])
 
     def look_at_heads(self, offsets: "range") -> bytearray:
         """Read the first HEAD_SIZE bytes at some offsets: see DiskFile.look_at_heads()."""
         flags = bytearray()
         for begin in range(0, len(offsets), NBD_HEADS):
-            whole = [at for at in offsets[begin : begin + NBD_HEADS] if at + HEAD_SIZE <= self.size]
-            heads = [bytearray(HEAD_SIZE) for _ in whole]
-            self._read([(memoryview(head), at) for head, at in zip(heads, whole)])
+            heads = [bytearray(HEAD_SIZE) for _ in offsets[begin : begin + NBD_HEADS]]
+            self._read([(memoryview(head), at) for head, at in zip(heads, offsets[begin:])])
             for head in heads:
                 flags.append(head != _ZERO_HEAD)
                 if flags.endswith(_ZERO_HEADS):
@@ -1810,26 +1782,31 @@ class NbdExport:
 
     def data_ranges(self, end: int) -> Iterator[Range]:
         """(start, end) of what may be no zeros before end; all of it if the server can't say."""
-        context = self._handshake.contexts.get("base:allocation")
+        context = self._connection.contexts.get("base:allocation")
         if context is None:
             return iter([(0, end)] if end else [])
         return joined(self._ranges(context, end, NBD_STATE_ZERO, 0))
 
-    def bitmap_ranges(self, end: int) -> Iterator[Range]:
-        """(start, end) of what the dirty bitmap says has changed before end."""
-        assert self._bitmap is not None
-        return joined(self._ranges(self._bitmap, end, NBD_STATE_DIRTY, NBD_STATE_DIRTY))
+    def bitmap_ranges(self, name: str, end: int) -> Iterator[Range]:
+        """(start, end) of what a dirty bitmap says has changed before end.
+
+        Raises Error if it was not asked for, or the server hasn't got it.
+        """
+        context = self._connection.contexts.get(NBD_DIRTY_BITMAP + name)
+        if context is None:
+            raise Error(f"cannot open {self.label}: its server has no dirty bitmap {quoted(name)}")
+        return joined(self._ranges(context, end, NBD_STATE_DIRTY, NBD_STATE_DIRTY))
 
     def _whole_blocks(self, start: int, end: int) -> Range:
         """The server's blocks around a range; the last may be cut by the end of the export."""
-        block = self._handshake.block_size
+        block = self._connection.block_size
         return start // block * block, min(align_up(end, block), self.size)
 
     def _ranges(self, context: int, end: int, mask: int, wanted: int) -> Iterator[Range]:
         """(start, end) of where the bits of mask in the block status are as wanted."""
         position = 0
         while position < end:
-            at, last = self._whole_blocks(position, min(end, position + MAX_NBD_STATUS))
+            at, last = self._whole_blocks(position, end)
             request = NbdRequest(at, min(last - at, MAX_NBD_STATUS), context=context)
             self._perform(NBD_CMD_BLOCK_STATUS, 0, [request])
             before = position
@@ -1839,7 +1816,7 @@ class NbdExport:
                 if position > start and state & mask == wanted:
                     yield start, position
             if position == before:
-                raise self.read_error(position, "the server gives no block status")
+                raise self._read_error(position, "the server gives no block status")
 
     def _read(self, pieces: Sequence[Tuple[memoryview, int]]) -> None:
         """Fill each view from its offset on, by reading whole blocks."""
@@ -1857,11 +1834,9 @@ class NbdExport:
         try:
             self._perform(NBD_CMD_READ, flags, requests)
         except ReadError:
-            if not flags or NBD_EOVERFLOW not in [
-                each.error and each.error[0] for each in requests
-            ]:
+            if not flags:
                 raise
-            self._read_flags = 0  # it can't send so much in one chunk
+            self._read_flags = 0  # it may be that it can't send so much in one chunk
             self._read(pieces)
             return
         for view, target in copies:
@@ -1869,36 +1844,33 @@ class NbdExport:
 
     def _perform(self, command: int, flags: int, requests: List[NbdRequest]) -> None:
         """Send requests, and wait until all are answered. Raises Error if one of them fails."""
-        batch = [len(requests)]
-        packets = bytearray()
-        for request, cookie in zip(requests, self._cookies):
-            request.batch = batch
-            self._waiting[cookie] = request
-            packets += NBD_REQUEST.pack(
-                NBD_REQUEST_MAGIC, flags, command, cookie, request.offset, request.length
-            )
+        batch = dict(zip(self._cookies, requests))
+        self._waiting.update(dict.fromkeys(batch, batch))
+        packets = b"".join(
+            NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, each.offset, each.length)
+            for cookie, each in batch.items()
+        )
         try:
             with self._sending:
-                self._handshake.sock.sendall(packets)
+                self._connection.sock.sendall(packets)
         except OSError as error:
             self._broken = self._broken or socket_reason(error)
-        while batch[0] and not self._broken:
+        while batch and not self._broken:
             if self._receiving.acquire(False):
                 self._receive(batch)
-                continue
-            with self._answered:
-                if batch[0] and self._receiving.locked():
-                    self._answered.wait()
-        if batch[0]:
-            raise Error(str(self.read_error(requests[0].offset, self._broken)))
+            else:
+                with self._answered:
+                    self._answered.wait_for(lambda: not (batch and self._receiving.locked()))
+        if batch:
+            raise Error(str(self._read_error(requests[0].offset, self._broken)))
         for request in requests:
             if request.error:
-                raise self.read_error(request.error[2], request.error[1])
+                raise self._read_error(*request.error)
 
-    def _receive(self, batch: List[int]) -> None:
+    def _receive(self, batch: Dict[int, NbdRequest]) -> None:
         """Receive answers, until those to a batch are complete, and let another thread do so."""
         try:
-            while batch[0] and not self._broken:
+            while batch and not self._broken:
                 self._receive_reply()
         except (OSError, ValueError, struct.error) as error:
             self._broken = socket_reason(error)
@@ -1909,59 +1881,59 @@ class NbdExport:
 
     def _receive_reply(self) -> None:
         """Receive a reply, or a chunk of a structured one, to a request of any thread."""
-        shake = self._handshake
-        magic, high, low, cookie = NBD_REPLY.unpack(shake.receive(NBD_REPLY.size))
-        request = self._waiting.get(cookie)
-        if request is None:
+        connection = self._connection
+        magic, high, low, cookie = connection.unpack(NBD_REPLY)
+        if cookie not in self._waiting:
             raise ValueError("the server answers what was not asked")
+        request = self._waiting[cookie][cookie]
         is_last = True
-        if magic == NBD_STRUCTURED_REPLY_MAGIC and shake.is_structured:
+        if magic == NBD_STRUCTURED_REPLY_MAGIC:
             is_last = bool(high & NBD_REPLY_FLAG_DONE)
-            self._receive_payload(request, low, int.from_bytes(shake.receive(4), "big"))
+            request.receive_chunk(connection, low, *connection.unpack(">I"))
         elif magic != NBD_SIMPLE_REPLY_MAGIC:
-            raise ValueError("the server breaks the protocol")
+            raise ValueError(BROKEN_PROTOCOL)
         elif high or low:
             request.fail(high << 16 | low, request.offset)
-        elif not shake.is_structured:
-            shake.receive_into(request.place(request.offset, request.length))
+        else:
+            connection.receive_into(request.place(request.offset, request.length))
         if is_last:
             if request.left and not request.error:
                 raise ValueError("the server's answer is not complete")
-            del self._waiting[cookie]
-            request.batch[0] -= 1
-            if not request.batch[0]:
+            batch = self._waiting.pop(cookie)
+            del batch[cookie]
+            if not batch:
                 with self._answered:
                     self._answered.notify_all()
 
-    def _receive_payload(self, request: NbdRequest, kind: int, length: int) -> None:
-        """Receive the payload of a chunk, `length` bytes."""
-        shake = self._handshake
-        if kind == NBD_REPLY_OFFSET_DATA and length >= 8:
-            offset = int.from_bytes(shake.receive(8), "big")
-            shake.receive_into(request.place(offset, length - 8))
-            return
-        if length > MAX_NBD_PAYLOAD:
-            raise ValueError("the server breaks the protocol")
-        payload = shake.receive(length)
-        if kind == NBD_REPLY_OFFSET_HOLE:
-            clear(request.place(*struct.unpack(">QI", payload)))
-        elif kind == NBD_REPLY_BLOCK_STATUS:
-            if int.from_bytes(payload[:4], "big") == request.context:
-                request.extents = request.extents or payload[4 : 4 + (length - 4) // 8 * 8]
-        elif kind & NBD_REPLY_ERROR_BIT:
-            number, size = struct.unpack_from(">IH", payload)
-            offset = request.offset
-            if kind == NBD_REPLY_ERROR_OFFSET:
-                (offset,) = struct.unpack_from(">Q", payload, 6 + size)
-            request.fail(number, offset, shown_text(payload[6 : 6 + size]))
-        elif kind != NBD_REPLY_NONE:
-            raise ValueError("the server breaks the protocol")
+
+def open_export(
+    sock: Any,
+    label: str,
+    resources: contextlib.ExitStack,
+    export: str = "",
+    address: Optional[NbdAddress] = None,
+    bitmap: Optional[str] = None,
+) -> NbdExport:
+    """Negotiate on a new connection. Raises Error if that fails.
+
+    label       what the export is called in messages
+    address     where the server is, if TLS is wanted
+    bitmap      the name of a dirty bitmap whose ranges will be asked for
+    """
+    contexts = ["base:allocation"] + ([] if bitmap is None else [NBD_DIRTY_BITMAP + bitmap])
+    try:
+        sock.settimeout(NBD_TIMEOUT)
+        connection = NbdConnection(sock, export, contexts, address)
+        connection.sock.settimeout(None)
+    except (OSError, ValueError, struct.error) as error:
+        raise Error(f"cannot open {label}: {socket_reason(error)}") from error
+    return resources.enter_context(contextlib.closing(NbdExport(connection, label)))
 
 
 def connect_nbd_uri(
     uri: str, resources: contextlib.ExitStack, bitmap: Optional[str] = None
 ) -> NbdExport:
-    """Open what an NBD URI names. Raises Error if it can't be had, or lacks the dirty bitmap."""
+    """Open what an NBD URI names; bitmap: see open_export(). Raises Error if it can't be had."""
     import socket
 
     address = parse_nbd_uri(uri)
@@ -1977,20 +1949,17 @@ def connect_nbd_uri(
     except (OSError, ValueError) as error:
         raise Error(f"cannot open {quoted(uri)}: {socket_reason(error)}") from error
     tls = address if address.has_tls else None
-    export = NbdExport(sock, quoted(uri), address.export, tls, bitmap)
-    return resources.enter_context(contextlib.closing(export))
+    return open_export(sock, quoted(uri), resources, address.export, tls, bitmap)
 
 
 # Formats that only QEMU knows: where its programs say that data lies in one file, it is read there;
 # all else is shown by a qemu-nbd of our own.
 
-END_OF_QEMU_TIMEOUT = 3  # seconds for qemu-nbd to end by itself: it may wait for a server
+QEMU_EXIT_TIMEOUT = 3  # seconds for qemu-nbd to disconnect from a server that it reads
 QEMU_PACKAGES = "qemu-utils (Debian) or qemu-img (Fedora)"
 SOCKET_FOLDERS = ("/dev/shm", "/run", "/tmp")  # after $TMPDIR
 SD_LISTEN_FDS_START = 3  # systemd's, from sd_listen_fds(3)
 PR_SET_PDEATHSIG = 1  # Linux's, from prctl.h
-FORMATS_WITH_OFFSETS = ("raw", "qcow2", "qcow", "qed", "vdi", "vpc", "vmdk", "parallels")  # in map
-COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
 QEMU_HINTS = (  # of what its programs say, what to do about it
     ("Failed to get.*lock", "a running VM holds the image: export its snapshot, or stop the VM"),
     ("key-secret", "name the key: --object secret,id=s,file=KEY --image-opts driver=qcow2,"
@@ -1999,8 +1968,9 @@ QEMU_HINTS = (  # of what its programs say, what to do about it
     ("can only be used with read-only", "disks are opened for reading only: leave read-only=… out"),
 )  # fmt: skip
 MAX_COMPLAINT = 1000  # characters of what a program says
+COWD_TABLE_SIZE = 4096 * 4  # bytes of a grain table in an extent of an ESX snapshot
 VMDK_NO_PARENT = 0xFFFFFFFF  # in place of a parent's content ID
-VHDX_REGIONS = 192 << 10  # the offset of its region table; a GUID's first 4 bytes tell it enough
+VHDX_REGIONS = 192 << 10  # the offset of its region table; 4 bytes of a GUID are enough
 VHDX_BAT, VHDX_METADATA = bytes.fromhex("6677c22d"), bytes.fromhex("06a27c8b")
 VHDX_PARAMETERS, VHDX_SECTOR_SIZE = bytes.fromhex("3767a1ca"), bytes.fromhex("1dbf4181")
 VHDX_PRESENT, VHDX_NO_DATA = 6, (0, 1, 2, 3, 5)  # states of a block
@@ -2076,30 +2046,24 @@ def start_program(arguments: Sequence[bytes], listener: Any = None) -> Any:
         raise Error(f"cannot run {os.fsdecode(arguments[0])}: {why}") from error
 
 
-def let_end(program: Any) -> None:
-    """Wait for a program that has lost its connection: it may have a server to take leave of."""
+def end_program(program: Any, timeout: float = 0) -> str:
+    """Kill a program if it does not end by itself in time.
+
+    Returns what it has said is wrong, in one line, and what to do if that is known.
+    """
     import subprocess
 
     with contextlib.suppress(subprocess.TimeoutExpired):
-        program.wait(END_OF_QEMU_TIMEOUT)
-
-
-def end_program(program: Any) -> str:
-    """Kill a program unless it has ended. Returns what it has said is wrong: see complaint()."""
+        program.wait(timeout)
     program.kill()
     program.wait()
     os.set_blocking(program.stderr.fileno(), False)  # a child of it may hold the other end
     said = b""
     with contextlib.suppress(BlockingIOError):
         said = os.read(program.stderr.fileno(), 64 << 10)
-    return complaint(said)
-
-
-def complaint(stderr: bytes) -> str:
-    """What one of QEMU's programs says is wrong, in one line, and what to do if that is known."""
-    lines = filter(None, map(bytes.strip, stderr.splitlines()))
-    text = shown_text(b"; ".join(lines))[:MAX_COMPLAINT]
-    text = re.sub(r"^qemu-(img|nbd): |[\w ]*open '.*,force-share=on': ", "", text)
+    text = shown_text(b"; ".join(filter(None, map(bytes.strip, said.splitlines()))))
+    # What it calls the image is our own option string.
+    text = re.sub(r"^qemu-(img|nbd): |[\w ]*open '.*,force-share=on': ", "", text)[:MAX_COMPLAINT]
     for pattern, hint in QEMU_HINTS:
         if re.search(pattern, text):
             text += f"; {hint}"
@@ -2110,19 +2074,17 @@ def run_qemu_img(
     arguments: Sequence[bytes], label: str, timeout: Optional[float] = None
 ) -> Generator[bytes, None, None]:
     """The lines that qemu-img prints of an image. Raises Error with its complaint."""
-    program = start_program([b"qemu-img", *arguments, b"--output=json"])
     failed = f"cannot open {label}: "
-    try:
-        if not wait_for(program.stdout.fileno(), "POLLIN", timeout):
-            raise Error(failed + f"qemu-img does not answer within {timeout} seconds")
-        for line in program.stdout:
-            yield line
-        if program.wait():
-            raise Error(failed + (end_program(program) or "qemu-img says nothing"))
-    finally:
-        end_program(program)
-        program.stdout.close()
-        program.stderr.close()
+    with start_program([b"qemu-img", *arguments, b"--output=json"]) as program:
+        try:
+            if not wait_for(program.stdout.fileno(), "POLLIN", timeout):
+                raise Error(failed + f"qemu-img does not answer within {timeout} seconds")
+            for line in program.stdout:
+                yield line
+            if program.wait():
+                raise Error(failed + (end_program(program) or "qemu-img says nothing"))
+        finally:
+            program.kill()
 
 
 def private_socket() -> Tuple[Any, Any]:
@@ -2130,26 +2092,24 @@ def private_socket() -> Tuple[Any, Any]:
 
     Its name, in a folder of its own, is gone when this returns.
     """
-    import shutil
     import socket
+    import tempfile
 
     errors = []
     for parent in filter(None, (os.environ.get("TMPDIR"), *SOCKET_FOLDERS)):
-        folder = os.path.join(parent, f"{PROGRAM}.{os.urandom(8).hex()}")
-        path = os.path.join(folder, "nbd")
         listener, sock = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
         # A signal that ends the program must not leave the folder.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
         try:
-            os.mkdir(folder, 0o700)
-            listener.bind(path)
-            listener.listen(1)
-            sock.connect(path)
-            return listener, sock
+            with tempfile.TemporaryDirectory("", PROGRAM, parent) as folder:
+                path = os.path.join(folder, "nbd")
+                listener.bind(path)
+                listener.listen(1)
+                sock.connect(path)
+                return listener, sock
         except OSError as error:
             errors.append(f"{quoted(parent)}: {socket_reason(error)}")
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     raise Error(f"cannot make a socket for qemu-nbd; TMPDIR names a folder ({'; '.join(errors)})")
 
@@ -2162,8 +2122,8 @@ def start_qemu_nbd(
     arguments   what names the image, and any options
     label       what the image is called in messages
 
-    It is killed with the resources, or when the main thread ends, whatever ends it, and what it
-    has open is watched. Raises Error with its complaint.
+    It ends with the resources, or with the main thread, whatever ends that. What it has open is
+    watched. Raises Error with its complaint.
     """
     listener, sock = private_socket()
     resources.callback(sock.close)
@@ -2171,11 +2131,10 @@ def start_qemu_nbd(
         program = start_program([b"qemu-nbd", b"--read-only", *arguments], listener)
     finally:
         listener.close()  # so that the connection ends with qemu-nbd
-    resources.callback(program.stderr.close)
-    resources.callback(end_program, program)
-    resources.callback(let_end, program)
+    resources.enter_context(program)
+    resources.callback(end_program, program, QEMU_EXIT_TIMEOUT)
     try:
-        export = resources.enter_context(contextlib.closing(NbdExport(sock, label)))
+        export = open_export(sock, label, resources)
     except Error as error:
         why = end_program(program)
         raise Error(f"cannot open {label}: {why}") if why else error from None
@@ -2191,12 +2150,13 @@ def start_qemu_nbd(
 
 
 class MappedSource(Source):
-    """A disk whose guest bytes lie in files at offsets that are known: 32 bytes an extent."""
+    """A disk whose guest bytes lie in files at offsets that are known: 26 bytes an extent."""
 
     def __init__(self, size: int, watch: Watch) -> None:
         super().__init__(size, watch)
         self._files = []  # type: List[DiskFile]
-        self._rows = array("Q")  # start, end, index of the file, offset, in guest order
+        self._rows = array("Q")  # start, end, offset in the file; in guest order
+        self._owners = array("H")  # of each row, the index of its file
 
     def add(self, start: int, end: int, file: DiskFile, offset: int) -> None:
         """Append an extent. Raises Error if its file ends before it: QEMU would read zeros."""
@@ -2205,66 +2165,75 @@ class MappedSource(Source):
             raise file.ended_early(file.size)
         if file not in self._files:
             self._files.append(file)
-        index, rows = self._files.index(file), self._rows
-        if rows and (start, index, offset) == (rows[-3], rows[-2], rows[-1] + start - rows[-4]):
-            rows[-3] = end  # it continues the last one
+        index, rows, owners = self._files.index(file), self._rows, self._owners
+        if rows and (start, offset, index) == (rows[-2], rows[-1] + start - rows[-3], owners[-1]):
+            rows[-2] = end  # it continues the last one
         else:
-            rows.extend((start, end, index, offset))
+            rows.extend((start, end, offset))
+            owners.append(index)
 
     def extents(self) -> Iterator[Extent]:
         """All that may hold anything but zeros, in guest order."""
         numbers = iter(self._rows)
-        for start, end, index, offset in zip(numbers, numbers, numbers, numbers):
+        for start, end, offset, index in zip(numbers, numbers, numbers, self._owners):
             yield start, end, self._files[index], offset, 0
 
 
-class Member:
-    """An image in a chain, as `qemu-img info` describes it, and the files that hold its data.
+class Member(NamedTuple):
+    """An image in a chain.
 
-    name    of the image's own file; empty if it is no local one
-    files   (where in the guest's addresses each ends, the file), or empty where nobody knows
+    info    what `qemu-img info` says of it
+    files   that hold its data, each with the guest address where its share ends; none if unknown
     """
 
-    def __init__(self, info: Dict[str, Any], open_file: Callable[[str], DiskFile]) -> None:
-        self.name, self.format = local_name(info["filename"]), info["format"]
-        self.size, self.is_encrypted = info["virtual-size"], info.get("encrypted", False)
-        self.details = info.get("format-specific", {}).get("data", {})
-        self.files = []  # type: List[Tuple[int, DiskFile]]
-        # A VMDK may have several, one after the other.
-        own = {"filename": self.name, "virtual-size": self.size}
-        extents = self.details.get("extents", [own])
-        names = [extent["filename"] for extent in extents]
-        if {"data-file", "data-file-raw"} & self.details.keys():
-            return  # nobody knows whether the header or an option names it
-        if all(os.path.isfile(name) or is_block_device(name) for name in names):
-            ends = itertools.accumulate(extent["virtual-size"] for extent in extents)
-            self.files = list(zip(ends, map(open_file, names)))
+    info: Dict[str, Any]
+    files: List[Tuple[int, DiskFile]]
 
-    def refuse_misread(self, has_parent: bool) -> None:
-        """Raise Error if QEMU takes the image for less than it is: tables and data are missing."""
-        if self.format == "qcow2" and os.path.isfile(self.name):
+
+def data_files(
+    name: str, info: Dict[str, Any], open_file: Callable[[str], DiskFile]
+) -> List[Tuple[int, DiskFile]]:
+    """See Member. The name is that of the image's own file; empty if it is no local one."""
+    details = info.get("format-specific", {}).get("data", {})
+    if {"data-file", "data-file-raw"} & details.keys():
+        return []  # nobody knows whether the header or an option names it
+    # A VMDK may have several, one after the other.
+    extents = details.get("extents", [{"filename": name, "virtual-size": info["virtual-size"]}])
+    names = [extent["filename"] for extent in extents]
+    if not all(os.path.isfile(name) or is_block_device(name) for name in names):
+        return []
+    ends = itertools.accumulate(extent["virtual-size"] for extent in extents)
+    return list(zip(ends, map(open_file, names)))
+
+
+def refuse_misread(members: Sequence[Member]) -> None:
+    """Raise Error if there is more in a chain than QEMU reads."""
+    for info, files in members:
+        name, fmt = local_name(info["filename"]), info["format"]
+        if fmt == "qcow2" and os.path.isfile(name):
             with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
-                qcow2 = Qcow2Image(self.name, Watch(), resources)
-                collections.deque(map(qcow2.table, range(qcow2.table_count)), maxlen=0)
-        elif self.format == "qcow" and self.files:
-            refuse_if_qcow_tables_are_missing(self.files[0][1])
-        elif self.format == "vpc" and self.files:
-            refuse_misread_vhd(self.files[0][1], self.size)
-        elif self.format == "vmdk":
-            parent = self.details.get("parent-cid", VMDK_NO_PARENT)
-            if parent != VMDK_NO_PARENT and not has_parent:
-                raise Error(
-                    f"{quoted(self.name)} is a differencing VMDK that does not name its parent's "
-                    "file, and QEMU would read zeros where that has data; merge them first"
-                )
-            for _, file in self.files:
+                image = Qcow2Image(name, Watch(), resources)
+                collections.deque(map(image.table, range(image.table_count)), maxlen=0)
+        for _, file in files:
+            if fmt == "qcow":
+                refuse_if_qcow_tables_are_missing(file)
+            elif fmt == "vmdk":
                 refuse_if_grain_tables_are_missing(file)
+            elif fmt == "vpc":
+                refuse_misread_vhd(file, info["virtual-size"])
+    last = members[-1].info
+    details = last.get("format-specific", {}).get("data", {})
+    if details.get("parent-cid", VMDK_NO_PARENT) != VMDK_NO_PARENT:
+        raise Error(
+            f"{quoted(last['filename'])} is a differencing VMDK that does not name its parent's "
+            "file, and QEMU would read zeros where that has data; merge them first"
+        )
 
 
 def refuse_misread_vhd(file: DiskFile, size: int) -> None:
-    """Raise Error if a VHD is more than QEMU reads.
+    """Raise Error if a VHD has more than the `size` bytes that QEMU reads, or a parent.
 
-    It knows of no parents, such as those that XenServer's and Hyper-V's snapshots have, and takes
+    QEMU knows of no parents, such as those that XenServer's and Hyper-V's snapshots have, and takes
     the size from the geometry, unless it knows the program that made the image.
     """
     # Where there is a copy of the footer at the beginning, QEMU reads that.
@@ -2318,39 +2287,29 @@ def local_name(name: str) -> str:
     return "" if re.match("[^/]*:", name) else name
 
 
-def parsed(text: bytes) -> Any:
-    """What qemu-img has printed as JSON."""
+def parsed(text: bytes, label: str) -> Any:
+    """What qemu-img has printed as JSON. Raises Error if it is none, as where it was killed."""
     import json
 
-    return json.loads(text.decode("utf-8", "surrogateescape"))
-
-
-@contextlib.contextmanager
-def qemu_img_makes_sense(label: str) -> Iterator[None]:
-    """Raise Error where what qemu-img has printed is not what it should print."""
     try:
-        yield
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        return json.loads(text.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
         raise Error(f"cannot open {label}: qemu-img does not print what it should") from error
 
 
 def read_map(
-    lines: Iterable[bytes], members: Sequence[Member], watch: Watch
+    lines: Iterable[bytes], label: str, members: Sequence[Member], watch: Watch
 ) -> Optional[MappedSource]:
     """The disk where `qemu-img map` says that it is; None if QEMU must read some of it.
 
     Raises Error if a file ends before its data.
     """
-    source = MappedSource(members[0].size, watch)
+    source = MappedSource(members[0].info["virtual-size"], watch)
     position = 0
-    is_known = all(
-        member.format in FORMATS_WITH_OFFSETS and not member.is_encrypted for member in members
-    )
-    for line in lines:
-        text = line.strip(b"[], \r\n")  # a list, an entry a line: no text is kept of it
-        if not text:
-            continue
-        entry = parsed(text)
+    is_known = not any(member.info.get("encrypted") for member in members)
+    # A list, an entry a line: no text is kept of it.
+    for text in filter(None, (line.strip(b"[], \r\n") for line in lines)):
+        entry = parsed(text, label)
         start, length, depth = entry["start"], entry["length"], entry["depth"]
         position = start + length
         if not entry["data"] or entry.get("compressed") or "offset" not in entry:
@@ -2362,11 +2321,11 @@ def read_map(
             is_known = False
             continue
         behind = entry["offset"] + length - file.size
-        if members[depth].format == "raw" and 0 < behind < SECTOR_SIZE:
+        if members[depth].info["format"] == "raw" and 0 < behind < SECTOR_SIZE:
             length -= behind  # QEMU counts its last sector as whole
         source.add(start, start + length, file, entry["offset"])
     if position != source.size:
-        raise ValueError(f"the map ends at {position} of {source.size} bytes")
+        raise Error(f"cannot open {label}: qemu-img maps {position} of {source.size} bytes")
     return source if is_known else None
 
 
@@ -2424,31 +2383,27 @@ def open_with_qemu(
     opened = {}  # type: Dict[str, DiskFile]
 
     def open_file(name: str) -> DiskFile:
-        name = name[len("./") :] if name.startswith("./") else name
         if name not in opened:
-            file = DiskFile(name, watch)
-            opened[name] = resources.enter_context(contextlib.closing(file))
+            opened[name] = DiskFile(name, watch)
+            resources.callback(opened[name].close)
         return opened[name]
 
     if not image.is_options:  # watched before anything is learned of it
         open_file(image.name)
     label, arguments = quoted(image.name), image.arguments(objects)
     info = run_qemu_img([b"info", b"--backing-chain", *arguments], label, NBD_TIMEOUT)
-    with qemu_img_makes_sense(label):
-        infos = parsed(b"".join(info))
-        if not image.is_options:
-            # Which qemu-img may not be able to print, or takes for a protocol's.
-            infos[0]["filename"] = os.path.join(".", image.name)
-        members = [Member(info, open_file) for info in infos]
-    for depth, member in enumerate(members):
-        member.refuse_misread(has_parent=depth + 1 < len(members))
-    source = None  # type: Optional[Source]
-    if members[0].format == "vhdx" and not image.is_options:
-        source = read_vhdx(members[0].files[0][1], members[0].size, watch)
+    infos = parsed(b"".join(info), label)
+    names = [local_name(info["filename"]) for info in infos]
+    if not image.is_options:  # which qemu-img may not be able to print
+        names[0] = image.name
+    members = [Member(info, data_files(name, info, open_file)) for name, info in zip(names, infos)]
+    refuse_misread(members)
+    source, size = None, infos[0]["virtual-size"]  # type: Optional[Source], int
+    if infos[0]["format"] == "vhdx" and not image.is_options:
+        source = read_vhdx(members[0].files[0][1], size, watch)
     elif snapshot is None:
-        lines = run_qemu_img([b"map", *arguments], label)
-        with contextlib.closing(lines), qemu_img_makes_sense(label):
-            source = read_map(lines, members, watch)
+        with contextlib.closing(run_qemu_img([b"map", *arguments], label)) as lines:
+            source = read_map(lines, label, members, watch)
     else:
         arguments.append(b"--load-snapshot=" + os.fsencode(snapshot))
     if source is None or image.is_options:
@@ -4962,7 +4917,7 @@ class Opener:
         """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""
         name, bitmap = self._options.input, self._options.bitmap
         if is_nbd_uri(name) and isinstance(disk, RawSource):
-            ranges, is_recording = disk.file.bitmap_ranges(disk.size), True
+            ranges, is_recording = disk.file.bitmap_ranges(bitmap, disk.size), True
         else:
             image = Qcow2File(name, self._watch, self._resources)
             ranges, is_recording = image.bitmap_ranges(bitmap)
