@@ -143,7 +143,7 @@ def test_a_backing_name_in_json(tmp_path: Path, form: str) -> None:
 def test_an_encrypted_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
     image = tmp_path / "a.qcow2"
     secret = ["--object", "secret,id=s,data=abc"]
-    options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+    options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"]
     shell("qemu-img", "create", "-q", "-f", "qcow2", *secret, *options, image, "1M")
     result = run("-f", "qcow2", image)
     assert_refused(result, str(image), "encrypt")

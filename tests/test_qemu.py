@@ -147,7 +147,7 @@ def test_an_encrypted_disk(theirs: Path, form: str) -> None:
     (theirs / "key").write_text("secret")
     secret = ["--object", f"secret,id=s,file={theirs / 'key'}"]
     prefix = "" if form == "luks" else "encrypt."
-    options = f"{prefix}key-secret=s,{prefix}iter-time=10"
+    options = f"{prefix}key-secret=s,{prefix}iter-time=100"
     options += "" if form == "luks" else ",encrypt.format=luks"
     image = theirs / "image"
     convert_words = ["qemu-img", "convert", *secret, "-f", "raw", "-O", form, "-o", options]

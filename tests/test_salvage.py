@@ -470,10 +470,10 @@ def luks(folder: Path, key: Path, kind: str) -> Tuple[str, Path]:
     secret = ["--object", f"secret,id=s,file={key}"]
     path = folder / f"locked.{kind}"
     if kind == "luks":
-        options = ["-o", "key-secret=s,iter-time=10"]
+        options = ["-o", "key-secret=s,iter-time=100"]
         opened = f"driver=luks,key-secret=s,file.filename={path}"
     else:
-        options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+        options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"]
         opened = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
     words = ["qemu-img", "create", "-q", *secret, "-f", kind, *options, str(path), "8M"]
     # QEMU measures how fast it can derive a key, which may fail on a busy machine.
