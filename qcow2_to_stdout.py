@@ -4386,7 +4386,7 @@ def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Ite
     slices = [slice(at, at + cluster_size) for at in range(0, WRITE_SIZE, cluster_size)]
     gap = (GATHER_GAP - 1) // cluster_size
     for first, last, states in cluster_map.data_runs(SENDFILE_MIN // cluster_size, gap):
-        step = max(1, (WRITE_SIZE if states else FETCH_SIZE) // cluster_size)
+        step = max(1, (WRITE_SIZE if states else COPY_SIZE) // cluster_size)
         for low in range(first, last, step):
             high = min(low + step, last)
             start, end = low * cluster_size, high * cluster_size
@@ -4397,13 +4397,20 @@ def copy_jobs(source: Source, cluster_map: ClusterMap, cluster_size: int) -> Ite
                     is_far = True
                 elif not is_far:
                     file.advise(offset, to - at, "WILLNEED")
-            read = chosen = None
+            read = None
             if states:
                 some = states[low - first : high - first].translate(_IS_DATA)
                 chosen = itertools.compress(slices, some)
-            if is_far or states:
                 read = functools.partial(fetch, source, start, end, extents, chosen)
-            yield (start, end, extents, read), end - start, read if is_far else None, False
+            if states or not is_far:
+                yield (start, end, extents, read), end - start, read if is_far else None, False
+                continue
+            parts = Cutter(extents)
+            share = max(FETCH_SIZE, cluster_size)
+            for at in range(start, end, share):
+                to = min(at + share, end)
+                read = functools.partial(fetch, source, at, to, parts.take(at, to), None)
+                yield (at, to, (), read), to - at, read, False
 
 
 def fetch(
