@@ -377,7 +377,6 @@ def test_a_signal_while_qemu_nbd_is_stopped(packed: Path, signum: int, temporary
     program.stdout.read(100_000)
     (server,) = qemu_of(program)
     os.kill(server, signal.SIGSTOP)
-    program.stdout.read(MIB)
     time.sleep(0.2)
     program.send_signal(signum)
     assert program.wait(TIMEOUT) == -signum
