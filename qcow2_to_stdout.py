@@ -3246,7 +3246,7 @@ def fill_map(
         for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
-            elif packer is None:
+            elif packer is None or not isinstance(states, Packed):  # no data in it
                 cluster_map.extend(states)
             else:
                 cluster_map.extend(states.states, states.sizes)
