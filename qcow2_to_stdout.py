@@ -696,7 +696,7 @@ class DiskFile:
 
     def is_cached(self, offset: int) -> bool:
         """Whether a byte is in memory; True where the kernel does not answer."""
-        if _RWF_NOWAIT is None:
+        if _RWF_NOWAIT is None or preadv is pread_into:
             return True
         try:
             return bool(preadv(self.fd, [bytearray(1)], offset, _RWF_NOWAIT))
