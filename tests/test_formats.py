@@ -14,7 +14,16 @@ import pytest
 from support import judges
 from support.ceph import Cluster
 from support.disks import noise, write_disk
-from support.images import as_raw, create, nbd_server, overlay, shell, wrapped, write
+from support.images import (
+    as_raw,
+    create,
+    make_encrypted,
+    nbd_server,
+    overlay,
+    shell,
+    wrapped,
+    write,
+)
 from support.program import (
     PROGRAM,
     TIMEOUT,
@@ -144,7 +153,7 @@ def test_an_encrypted_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
     image = tmp_path / "a.qcow2"
     secret = ["--object", "secret,id=s,data=abc"]
     options = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"]
-    shell("qemu-img", "create", "-q", "-f", "qcow2", *secret, *options, image, "1M")
+    make_encrypted("qemu-img", "create", "-q", "-f", "qcow2", *secret, *options, image, "1M")
     result = run("-f", "qcow2", image)
     assert_refused(result, str(image), "encrypt")
 

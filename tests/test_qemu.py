@@ -19,7 +19,16 @@ from typing import Any, Iterator, List, Tuple
 import pytest
 from conftest import needs
 from support.disks import noise, write_disk
-from support.images import as_raw, create, leftovers, nbd_server, replaced, shell, write
+from support.images import (
+    as_raw,
+    create,
+    leftovers,
+    make_encrypted,
+    nbd_server,
+    replaced,
+    shell,
+    write,
+)
 from support.program import (
     PROGRAM,
     TIMEOUT,
@@ -151,7 +160,7 @@ def test_an_encrypted_disk(theirs: Path, form: str) -> None:
     options += "" if form == "luks" else ",encrypt.format=luks"
     image = theirs / "image"
     convert_words = ["qemu-img", "convert", *secret, "-f", "raw", "-O", form, "-o", options]
-    shell(*convert_words, raw, image)
+    make_encrypted(*convert_words, raw, image)
     image.chmod(0o644)
     node = f"driver={form},{prefix}key-secret=s,file.filename={image}"
     expected = stream(raw)

@@ -100,6 +100,7 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     (tmp_path / "key").write_text("secret")
     (tmp_path / "pool.xml").write_text(POOL)
     shell = """
+    again() { for _ in 1 2 3 4 5 6; do "$@" && return; done; }  # see images.make_encrypted
     qemu-img convert -O vmdk disk.raw disk.vmdk
     qemu-img convert -O qcow2 disk.raw yesterday.qcow2
     qemu-img create -q -f qcow2 -b yesterday.qcow2 -F qcow2 today.qcow2
@@ -108,9 +109,9 @@ def desk(tmp_path: Path, loop_device: Callable[..., str], ssh_host: str) -> Call
     qemu-img convert -O qcow2 disk.raw guest.qcow2
     qemu-img bitmap --add guest.qcow2 since-monday
     secret="--object secret,id=s,file=key"
-    qemu-img create -q $secret -f qcow2 \
+    again qemu-img create -q $secret -f qcow2 \
       -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100 locked.qcow2 8M
-    qemu-img create -q $secret -f luks -o key-secret=s,iter-time=100 luks.new 1M
+    again qemu-img create -q $secret -f luks -o key-secret=s,iter-time=100 luks.new 1M
     dd if=luks.new of=luks.disk conv=notrunc status=none
     thin_restore -q -i pool.xml -o pool_tmeta
     restic init
