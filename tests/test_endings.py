@@ -126,6 +126,7 @@ def test_a_device_that_fails_when_it_is_written_back(
     assert_failed(result, "cannot write", "Input/output error")
 
 
+@pytest.mark.guarantee(5, "a file that takes nothing, or asks to try again for ever", "exit 1")
 @pytest.mark.parametrize("answer", ["0", "again"])
 def test_a_file_that_takes_nothing(disk: Path, tmp_path: Path, answer: str) -> None:
     code = (
@@ -142,6 +143,7 @@ def test_a_file_that_takes_nothing(disk: Path, tmp_path: Path, answer: str) -> N
     assert_failed(result, "cannot write")
 
 
+@pytest.mark.guarantee(5, "a file size limit", "exit 1, with the bytes written")
 def test_a_file_size_limit(disk: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

@@ -410,6 +410,7 @@ def test_a_reader_that_closes_before_the_end(disk: Path, missing: int) -> None:
     program.stderr.close()
 
 
+@pytest.mark.guarantee(5, "a consumer that takes just the image's length", "exit 0")
 def test_a_reader_that_takes_no_more_than_the_image(disk: Path) -> None:
     image = stream(disk)
     pipeline = f'"$@" | head -c {len(image)} | sha256sum; echo ${{PIPESTATUS[0]}}'
@@ -466,6 +467,11 @@ def overwrite(path: Path) -> None:
         file.write(bytes(path.stat().st_size))
 
 
+@pytest.mark.guarantee(
+    2,
+    "a source that is written to while the consumer still reads what was sent",
+    "the image stays as it was",
+)
 @pytest.mark.parametrize("kind", ["pipe", "unix", "tcp", "large tcp"])
 def test_what_was_sent_changes_no_more(tmp_path: Path, kind: str) -> None:
     """Not even if its reader dawdles until the program has ended and the source goes on."""
@@ -535,6 +541,7 @@ def test_a_full_file_system(disk: Path, small_file_system: Path) -> None:
     assert_failed(result, "cannot write", "No space left on device", "after 1048576 bytes")
 
 
+@pytest.mark.guarantee(5, "a socket that its peer resets", "exit 1, or it ends by SIGPIPE")
 def test_a_socket_that_its_peer_resets(disk: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
@@ -606,6 +613,7 @@ def test_an_interrupt_while_modules_are_imported(disk: Path) -> None:
     pytest.fail("no interrupt came in time")
 
 
+@pytest.mark.guarantee(2, "SIGSTOP, then SIGCONT", "it goes on")
 def test_stop_and_continue(disk: Path) -> None:
     expected = stream(disk)
     program = start(disk, bufsize=0)
@@ -618,6 +626,9 @@ def test_stop_and_continue(disk: Path) -> None:
     assert finish(program).status == 0
 
 
+@pytest.mark.guarantee(
+    5, "standard descriptors that are closed", "exit 1 without an output, else no difference"
+)
 @pytest.mark.parametrize("closed", [c for n in range(4) for c in itertools.combinations("012", n)])
 def test_standard_descriptors_closed_in_every_combination(
     disk: Path, closed: Any, tmp_path: Path
@@ -858,6 +869,7 @@ def test_under_a_python_without_extras(disk: Path) -> None:
         assert done.stdout == stream(disk)
 
 
+@pytest.mark.guarantee(5, "an error of the program itself", "exit 1, with its traceback")
 def test_a_fault_of_the_program_itself_keeps_its_traceback(disk: Path, tmp_path: Path) -> None:
     """Whoever reports it can say where it happened."""
     broken = "import os\ndef fail(*rest): raise KeyError('what?')\nos.posix_fadvise = fail\n"

@@ -466,6 +466,7 @@ def test_a_member_that_changes_while_it_is_read(chain: List[Path]) -> None:
     assert "bottom.raw" in stderr
 
 
+@pytest.mark.guarantee(6, "an image that is replaced while QEMU opens it", "refused")
 @pytest.mark.parametrize("form", ["vdi", "vmdk", "vhdx"])
 def test_an_image_that_is_replaced_while_it_is_opened(tmp_path: Path, form: str) -> None:
     for name, byte in (("cur", 1), ("new", 2)):
@@ -687,6 +688,11 @@ def test_a_chain_with_names_beyond_ascii(tmp_path: Path, python: str, locale: st
     assert image == stream(as_raw(top))
 
 
+@pytest.mark.guarantee(
+    2,
+    "a backing file's name that QEMU can't print",
+    "the file that QEMU reads is read, and watched",
+)
 def test_a_backing_file_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
     shown = write_disk(tmp_path / "\N{REPLACEMENT CHARACTER}.raw", 8 * MIB, [(0, noise(8 * MIB))])
     hidden = os.fsencode(tmp_path) + b"/\xff.raw"

@@ -294,6 +294,7 @@ def test_tls_wants_the_clients_certificate(
         assert_refused(run(uri), "cannot open")
 
 
+@pytest.mark.guarantee(5, "a TLS certificate of another host", "refused")
 def test_tls_checks_the_name_of_the_host(
     tmp_path: Path, disk: Path, certificates: Tuple[Path, Path]
 ) -> None:
@@ -575,6 +576,9 @@ socket.socket.settimeout = lambda self, seconds: real(self, seconds and seconds 
 """
 
 
+@pytest.mark.guarantee(
+    5, "a server that says nothing when the disk is opened", "exit 1 after a minute"
+)
 @pytest.mark.parametrize("option", [7, 8, 10])
 def test_a_server_that_says_nothing_is_left_after_a_minute(option: int, tmp_path: Path) -> None:
     env = altered(tmp_path, IMPATIENT)

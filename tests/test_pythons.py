@@ -27,6 +27,7 @@ DIGESTS = [
 ]
 
 
+@pytest.mark.guarantee(3, "any Python from 3.6 on, and PyPy", "the same bytes")
 @pytest.mark.parametrize("python", PYTHONS, ids=version)
 def test_every_python_writes_the_same_bytes(tmp_path: Path, python: str) -> None:
     recipe = Recipe((9 << 20) + 77, [(0, "every512", 1 << 20), (3_000_001, "noise", 4 << 20)])

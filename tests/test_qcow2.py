@@ -231,6 +231,7 @@ def test_an_overlay_that_is_larger_than_the_device_below(
     assert exported(image) == judged(image)
 
 
+@pytest.mark.guarantee(6, "a chain that contains itself", "refused")
 def test_a_chain_that_contains_itself(tmp_path: Path) -> None:
     image = make(tmp_path / "a.qcow2", MIB)
     top = make(tmp_path / "b.qcow2", MIB, over=image)

@@ -241,6 +241,7 @@ def test_sudden_deaths(packed: Path, temporary: Path, share: int) -> None:
     assert kept <= 1
 
 
+@pytest.mark.guarantee(10, "two signals at once", "it ends by one of them, and nothing stays")
 @pytest.mark.parametrize("signals", [(signal.SIGTERM, signal.SIGHUP), (signal.SIGINT,) * 2])
 def test_two_signals_are_no_more_than_one(
     packed: Path, signals: Tuple[int, int], temporary: Path
@@ -345,6 +346,7 @@ SILENT = "#!/bin/sh\nexec sleep 60\n"
 STOPPED = "#!/bin/sh\nkill -STOP $$\n"
 
 
+@pytest.mark.guarantee(5, "a qemu-img or qemu-nbd that hangs", "exit 1 after a minute")
 @pytest.mark.parametrize("script", [SILENT, STOPPED], ids=["silent", "stopped"])
 @pytest.mark.parametrize("program", ["qemu-img", "qemu-nbd"])
 def test_a_program_that_hangs(

@@ -371,6 +371,7 @@ def copied(disk: Path) -> Path:
     return copy
 
 
+@pytest.mark.guarantee(8, "BASE in another format than the backing file that it is", "refused")
 def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) -> None:
     monday = tmp_path / "monday.qcow2"
     monday.write_bytes(stream(disk))
@@ -441,6 +442,7 @@ def test_an_output_that_is_its_own_backing_file(disk: Path, tmp_path: Path, name
         assert monday.read_bytes() == before
 
 
+@pytest.mark.guarantee(5, "a backing file that a failed run has left", "a warning")
 @pytest.mark.parametrize("content", [b"", b"no image"])
 def test_a_backing_file_of_a_failed_run_is_warned_of(
     disk: Path, tmp_path: Path, content: bytes
@@ -457,6 +459,7 @@ def test_a_backing_file_of_a_failed_run_is_warned_of(
     stream(disk, *options, "monday.qcow2", cwd=tmp_path, stdin=b"[]")  # who knows which one
 
 
+@pytest.mark.guarantee(8, "a backing file that is a qcow2 image, given as raw", "a warning")
 def test_a_backing_file_that_is_an_image_but_is_said_to_be_raw(disk: Path, tmp_path: Path) -> None:
     monday = tmp_path / "monday"
     monday.write_bytes(stream(disk))
@@ -468,6 +471,7 @@ def test_a_backing_file_that_is_an_image_but_is_said_to_be_raw(disk: Path, tmp_p
         stream(*options, "qcow2", stdin=b"[]")
 
 
+@pytest.mark.guarantee(7, "`disk.raw > disk.raw`, emptied by the shell", "refused, with the reason")
 def test_an_input_that_the_shell_has_emptied(disk: Path) -> None:
     with open(disk, "wb") as out:
         words = command(disk)

@@ -88,6 +88,7 @@ def test_a_healthy_disk_is_as_without_the_option(tmp_path: Path) -> None:
         assert stream("--salvage", raw, *options) == stream(raw, *options)
 
 
+@pytest.mark.guarantee(5, "bad sectors, with `--salvage`", "zeros, each range named, exit 3")
 @pytest.mark.parametrize("at", [0, 511, 70_000, 2 * MIB - 1, 2 * MIB, 5 * MIB - 1])
 @pytest.mark.parametrize("options", [[], ["-c", "512"], ["-c", "2M"], ["--no-scan"]])
 def test_a_sector_of_a_file(
@@ -201,7 +202,9 @@ def test_a_sector_of_a_qcow2_image(tmp_path: Path, fuse_disk: FuseMaker) -> None
     assert content(result.stdout) == without(judged(image), lost)
 
 
-@pytest.mark.guarantee(5, "bad sectors, with `--salvage`", "zeros, each range named, exit 3")
+@pytest.mark.guarantee(
+    5, "a bad sector in a compressed cluster", "all of the cluster is zeros, and named"
+)
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_a_compressed_cluster_is_lost_as_a_whole(
     tmp_path: Path, fuse_disk: FuseMaker, kind: str
@@ -503,6 +506,7 @@ def test_an_encrypted_disk(tmp_path: Path, key: Path, kind: str) -> None:
         assert_refused(run("--object", secret, "--image-opts", options, *base), "cannot open")
 
 
+@pytest.mark.guarantee(7, "a secret in an option", "refused; those in files are shown nowhere")
 def test_a_secret_is_not_shown(tmp_path: Path, key: Path) -> None:
     """Neither in a message, nor in a list of processes."""
     options = luks(tmp_path, key, "qcow2")[0]
