@@ -246,7 +246,7 @@ def test_a_file_that_is_changed_while_it_streams(
 def test_a_file_in_the_midst_of_a_write(
     tmp_path: Path, fuse_disk: Callable[..., FuseDisk], python: str
 ) -> None:
-    """The system tells the time of a change when a write begins, however long that takes."""
+    """The time of a change is that of the write's beginning, however long the write takes."""
     old, new = (noise(4 * MIB, seed) for seed in (1, 2))
     disk = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, old)])
     expected = stream(write_disk(tmp_path / "new.raw", 4 * MIB, [(0, new)]))

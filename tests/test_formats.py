@@ -118,8 +118,8 @@ def test_an_external_data_file(tmp_path: Path) -> None:
     check_both_ways(image)
 
 
-def test_a_data_file_that_only_the_backing_name_tells_of(tmp_path: Path) -> None:
-    """QEMU's words on the chain tell of no such file, and name places that look like its own."""
+def test_a_data_file_that_only_the_backing_name_mentions(tmp_path: Path) -> None:
+    """`qemu-img info` lists no such file, and names that look like its own lead elsewhere."""
     data = tmp_path / "data"
     middle = create(tmp_path / "middle.qcow2", "1M", "-o", f"data_file={data}")
     write(middle, "write -P 7 0 1M")
@@ -285,7 +285,7 @@ def check_against_qemu(tmp_path: Path, options: str) -> None:
 
 @pytest.mark.guarantee(2, "a server that calls something a hole, but not zeros", "it is read")
 def test_a_hole_that_is_no_zeros(tmp_path: Path) -> None:
-    """A server may tell that something is not allocated, and not what it reads as."""
+    """A server may say that something is not allocated, and not what it reads as."""
     plugin = tmp_path / "plugin.sh"
     plugin.write_text(
         "case $1 in\n"
@@ -505,7 +505,7 @@ def test_a_truncated_image_that_was_copied_without_its_holes(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form, unit", [("qcow2", 65536), ("qcow", 4096)])
 def test_a_truncated_image_whose_tables_are_missing(tmp_path: Path, form: str, unit: int) -> None:
-    """What an L2 table behind the end would tell of seems never to have been written."""
+    """What an L2 table behind the end would map seems never to have been written."""
     image = create(tmp_path / "a", "4G", form=form)
     for gigabyte in range(4):
         write(image, f"write -P 7 {gigabyte}G {unit}", form=form)

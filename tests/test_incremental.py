@@ -60,7 +60,7 @@ def changes(draw: st.DrawFn) -> Change:
 
 
 def truth(change: Change, new: bytes, form: str, spread: int) -> Tuple[str, List[Any]]:
-    """A layout that tells the truth about a change, in the given dialect."""
+    """A true layout of a change, in the given dialect."""
     extents = [(offset, offset + len(data)) for offset, data in change.pieces()]
     if change.size != change.base_size:
         smaller, larger = sorted((change.base_size, change.size))

@@ -79,7 +79,7 @@ def test_nbdinfo_allocation(dense: Path) -> None:
     allocation = sample("nbdinfo-map-allocation.json")
     data = clusters((0, MIB), (4259840, 4325376), (6 * MIB, 6 * MIB + 4096), (8 * MIB, SIZE))
     assert exported(dense, allocation, "--trust-layout") == (data, set())
-    # It does not tell what has changed: over a backing file zeros must hide what is there.
+    # It does not say what has changed: over a backing file zeros must hide what is there.
     data_again, zeros = exported(dense, allocation, "--trust-layout", *OVERLAY)
     assert (data_again, zeros) == (data, set(clusters((0, SIZE))) - set(data))
 

@@ -587,7 +587,7 @@ def test_a_server_that_says_nothing_is_left_after_a_minute(option: int, tmp_path
 
 
 def test_a_server_that_falls_silent_after_the_handshake(tmp_path: Path) -> None:
-    """It may be slow: who waits is told where, and may end it."""
+    """It may be slow: it is waited for, and a signal ends it."""
     with Rogue(tmp_path, NOISE, where(0, lambda *_: None)) as rogue:
         running = start(rogue.uri)
         while not rogue.requests:

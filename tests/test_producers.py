@@ -126,7 +126,7 @@ def test_an_overlay_by_a_dirty_bitmap_from_an_nbd_server(tmp_path: Path) -> None
             judges.qemu_compare(raw, tmp_path / "tuesday.qcow2")
             if layout is dirty:
                 parsed = read_image(io.BytesIO(image))
-                # A bitmap tells what was written, not that it was zeros.
+                # A bitmap knows what was written, not that it was zeros.
                 assert len(parsed.data) + len(parsed.zeros) == 3
             full = stream(raw, "--layout", "-", *trust, stdin=layout)
             if layout is not dirty:
@@ -134,7 +134,7 @@ def test_an_overlay_by_a_dirty_bitmap_from_an_nbd_server(tmp_path: Path) -> None
 
 
 def test_a_disk_of_one_layer_that_has_lost_what_its_backup_has(tmp_path: Path) -> None:
-    """Its map tells what it holds: nothing of it may shine through from the backing file."""
+    """Its map lists what it holds: nothing of it may shine through from the backing file."""
     needs(shutil.which("nbdinfo") is not None, "nbdinfo (libnbd-bin)")
     disk, socket = tmp_path / "disk.qcow2", tmp_path / "nbd"
     shell("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "4M")

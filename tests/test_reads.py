@@ -148,7 +148,7 @@ if hasattr(os, "preadv"):
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal: 1 kB\n", "MemAvailable: much\n", "nonsense\n"])
-def test_a_far_source_where_nobody_tells_of_memory(
+def test_a_far_source_where_free_memory_is_unknown(
     tmp_path: Path, fuse_disk: Callable[..., FuseDisk], text: str
 ) -> None:
     raw = write_disk(tmp_path / "disk.raw", 4 * MIB, [(0, noise(4 * MIB))])
@@ -298,7 +298,7 @@ SYSTEMS = {
     "takes no advice": "import os\ndel os.posix_fadvise, os.POSIX_FADV_RANDOM\n"
     "del os.POSIX_FADV_NORMAL, os.POSIX_FADV_WILLNEED\n",
     "is not Linux": "import sys\nsys.platform = 'freebsd14'\n",
-    "tells nothing of a pipe": (
+    "can not ask a pipe": (
         "import fcntl\ndef refuse(*rest): raise OSError(25, 'no')\nfcntl.ioctl = refuse\n"
     ),
 }

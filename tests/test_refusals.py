@@ -182,7 +182,7 @@ def test_an_output_that_the_input_lies_on(
         ("file to device", "rights"),
     ],
 )
-def test_an_output_that_the_input_lies_on_where_little_is_told(
+def test_an_output_that_the_input_lies_on_without_sysfs_or_rights(
     disk: Path, loop_device: Callable[..., str], way: str, missing: str
 ) -> None:
     """The device is asked by its descriptor: that needs no name, no /sys and no right."""
@@ -208,7 +208,7 @@ def test_an_output_that_the_input_lies_on_where_little_is_told(
     assert disk.read_bytes() == before
 
 
-def test_from_one_device_to_another_where_nobody_tells_what_they_are_part_of(
+def test_from_one_device_to_another_without_sysfs(
     disk: Path, loop_device: Callable[..., str]
 ) -> None:
     """A rescue system or a chroot may lack /sys: an ordinary place, which refuses nothing."""
@@ -387,7 +387,7 @@ def test_a_base_and_a_backing_file_of_two_formats(disk: Path, tmp_path: Path) ->
     8, "a BASE that looks like a qcow2 backing file, without `--diff-format`", "refused"
 )
 def test_a_base_that_looks_like_the_backing_file(disk: Path, tmp_path: Path) -> None:
-    """The image goes into a pipe, and nothing else tells that BASE is meant to be its content."""
+    """The image goes into a pipe, and nothing else shows that BASE is meant to be its content."""
     monday = tmp_path / "monday.qcow2"
     monday.write_bytes(stream(disk))
     options = [str(disk), "--diff", str(monday), "-b", "elsewhere.qcow2", "-F", "qcow2"]

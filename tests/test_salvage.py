@@ -484,7 +484,7 @@ def luks(folder: Path, key: Path, kind: str) -> Tuple[str, Path]:
 
 @pytest.mark.parametrize("kind", ["qcow2", "luks"])
 def test_an_encrypted_disk(tmp_path: Path, key: Path, kind: str) -> None:
-    """It is read decrypted; who lacks the key, or the option, is told."""
+    """It is read decrypted; a missing key or option is an error that says so."""
     options, path = luks(tmp_path, key, kind)
     secret = f"secret,id=s,file={key}"
     image = stream("--object", secret, "--image-opts", options)

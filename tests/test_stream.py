@@ -152,7 +152,7 @@ def test_a_file_system_that_knows_no_holes(
     disk = fuse_disk(raw, direct=True, count=True)
     assert stream(disk.path) == stream(raw)
     scanned = {offset for offset, _ in disk.reads()}
-    assert 0 in scanned  # the hole at the start was read, nobody could tell that it is one
+    assert 0 in scanned  # the hole at the start was read, the file system does not report it
 
 
 def test_names_are_bytes(tmp_path: Path, image: bytes, disk: Path) -> None:

@@ -137,7 +137,7 @@ SNAPSHOTS = {
 
 @pytest.mark.parametrize("kind", SNAPSHOTS)
 def test_a_snapshot_of_xcp_ng(tmp_path: Path, kind: str) -> None:
-    """The disk is an overlay: its map tells of parts of clusters, from the image and from below."""
+    """The disk is an overlay: its map has parts of clusters, from the image and from below."""
     size = 8 * MIB + 512
     cluster_size, subclusters = SNAPSHOTS[kind]
     below = [*WRITES, "write -P 5 6M 512k", f"write -P 9 {size - 512} 512"]
@@ -279,7 +279,7 @@ def test_a_map_without_its_info(tmp_path: Path) -> None:
 
 
 @pytest.mark.guarantee(2, "a map of XAPI's that does not cover the disk", "it is not believed")
-def test_a_map_that_does_not_tell_of_all_is_not_believed(tmp_path: Path) -> None:
+def test_a_map_that_does_not_cover_the_disk_is_not_believed(tmp_path: Path) -> None:
     vdi = make_vdi(tmp_path, "disk", 4 * MIB, [*WRITES[:3], "write -P 8 3M 64k"], 65536)
     entries = json.loads(vdi.map)
     for part in ([], entries[:1], entries[1:], [entry for entry in entries if entry["data"]]):

@@ -1,4 +1,4 @@
-"""A FUSE file system with one file, `disk`, that shows another file and behaves as told.
+"""A FUSE file system with one file, `disk`: it shows another file, with faults and delays.
 
 Run as a program it is the file system's server; FuseDisk starts and ends one.
 """

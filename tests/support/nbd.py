@@ -62,7 +62,7 @@ def qemu_nbd(folder: Path, *words: Any) -> Any:
 
 
 class StorageDaemon:
-    """A qemu-storage-daemon with an NBD server, told what to do as QEMU's management does."""
+    """A qemu-storage-daemon with an NBD server, driven by QMP as management tools do."""
 
     def __init__(self, folder: Path) -> None:
         self.uri = f"nbd+unix:///NAME?socket={folder}/daemon"
@@ -144,7 +144,7 @@ class Request(NamedTuple):
 
 
 class Rogue:
-    """An NBD server that shows a disk of noise, and answers as it is told.
+    """An NBD server that shows a disk of noise, and answers as a test wants.
 
     answer      is called with the server and each request that is to be answered otherwise; it
                 says whether it has done so
@@ -152,7 +152,7 @@ class Rogue:
     structured  whether it knows structured replies
     go          whether it knows NBD_OPT_GO; else NBD_OPT_EXPORT_NAME
     size, flags of the export
-    infos       what it tells of the export, in place of that
+    infos       what it says of the export, in place of that
     greeting    what it says first, in place of the right words
     requests    all requests so far
     """
