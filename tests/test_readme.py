@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
@@ -219,6 +220,31 @@ def test_the_commands_for_nbd_servers(desk: Callable[..., None], tmp_path: Path)
     for name in ("vm", "small", "over-tls", "whole"):
         subprocess.run(["qemu-img", "check", "-q", f"{name}.qcow2"], cwd=tmp_path, check=True)
     judges.qemu_compare(tmp_path / "vm.disk", tmp_path / "over-tls.qcow2")
+
+
+# What restic 0.17 does with --stdin-from-command, by an older one.
+NEWER_RESTIC = """#!/bin/bash
+[ "$1 $2 $4 $5" = "backup --stdin-filename --stdin-from-command --" ] || exec {restic} "$@"
+"${{@:6}}" > {folder}/taken && exec {restic} backup --stdin --stdin-filename "$3" < {folder}/taken
+"""
+
+
+@pytest.mark.filterwarnings("default:restic is older")
+def test_the_command_for_a_newer_restic(desk: Callable[..., None], tmp_path: Path) -> None:
+    """What breaks off is no snapshot."""
+    restic = shutil.which("restic")
+    if b"stdin-from-command" not in subprocess.check_output([str(restic), "help", "backup"]):
+        warnings.warn("restic is older than 0.17: a script stands in for a newer one", stacklevel=1)
+        (tmp_path / "bin" / "restic").write_text(
+            NEWER_RESTIC.format(restic=restic, folder=tmp_path)
+        )
+        (tmp_path / "bin" / "restic").chmod(0o755)
+    (block,) = noted("restic 0.17")
+    desk(block.text)
+    desk(block.text.replace("/dev/vg/vm", "/dev/vg/vm --nonsense"), fails=True)
+    desk("restic snapshots --json | grep -o short_id | wc -l | grep -x 1; "
+         "restic dump latest vm.qcow2 > vm.qcow2")  # fmt: skip
+    judges.qemu_compare(tmp_path / "vm.disk", tmp_path / "vm.qcow2")
 
 
 TABLE = README.split("## Which command do I need?")[1].split("\n\n**")[0]
