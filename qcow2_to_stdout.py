@@ -531,7 +531,7 @@ def sys_folder(device: int) -> str:
 
 
 def file_identity(status: os.stat_result) -> Tuple[int, ...]:
-    """What tells one file or device from another: (device number,), or (file system, inode)."""
+    """What distinguishes files and devices: (device number,), or (file system, inode)."""
     if stat.S_ISBLK(status.st_mode):
         return (status.st_rdev,)
     return (status.st_dev, status.st_ino)
@@ -737,7 +737,7 @@ def has_other_views(device: int) -> bool:
 
 
 def is_mounted(numbers: Sequence[str]) -> bool:
-    """Whether one of these devices (as "major:minor") is mounted, as far as Linux tells."""
+    """Whether one of these devices (as "major:minor") is mounted, as far as Linux says."""
     with ignore_unavailable(), open("/proc/self/mountinfo", "rb") as mounts:
         return any(line.split()[2].decode("ascii") in numbers for line in mounts)
     return False
