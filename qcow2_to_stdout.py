@@ -478,7 +478,7 @@ SEEK_DATA, SEEK_HOLE = 3, 4  # Linux's, from fs.h; PyPy takes them, but doesn't 
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; nothing can be read at that offset
 HEAD_SIZE = 4 << 10  # bytes of a cluster that are looked at first: a page, read in any case
 _ZERO_HEAD = bytes(HEAD_SIZE)
-_ZERO_HEADS = bytes(4)  # so many heads of zeros in a row, until all the rest is read as well
+_ZERO_HEADS = bytes(4)  # after so many in a row, whole clusters are read
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC = 0x1000, 0x2000  # Linux's, from fcntl.h
 STATX_BASIC_STATS, STATX_SIZE = 0x7FF, 256  # Linux's, from stat.h: the usual fields; bytes of all
 SYNC_FILE_RANGE_AND_WAIT = 7  # Linux's, from fs.h: wait for what is being written, and write
@@ -1113,7 +1113,8 @@ class Qcow2File:
             self.header = header = unpack_header(first)
             bits, length = header["cluster_bits"], header["header_length"]
             self.cluster_size = 1 << min(bits, 21)
-            self.extensions = unpack_extensions(first[length : self.cluster_size])
+            end = header["backing_file_offset"] or self.cluster_size  # as QEMU has it
+            self.extensions = unpack_extensions(first[length : min(end, self.cluster_size)])
         except ValueError as error:
             raise Error(f"{file.label} is no qcow2 image: {error}") from error
         if not 9 <= bits <= 21 or (header["version"] > 2 and not 104 <= length <= 1 << bits):
@@ -1320,7 +1321,10 @@ class Qcow2Image(Qcow2File):
     def compressed_offsets(self) -> "array[int]":
         """The host offsets of all compressed clusters, sorted."""
         tables = map(self.table, range(self.table_count))
-        return array("Q", sorted(row[3] for table in tables for row in table if row[4]))
+        offsets = array("Q", (row[3] for table in tables for row in table if row[4]))
+        # Mostly they are in order, and a list of so many numbers takes five times the space.
+        is_sorted = all(map(operator.le, offsets, itertools.islice(offsets, 1, None)))
+        return offsets if is_sorted else array("Q", sorted(offsets))
 
     def inflate(self, offset: int, stored: int) -> bytes:
         """The cluster that is compressed in `stored` bytes at an offset. For any thread."""
@@ -1409,6 +1413,9 @@ def open_qcow2(
             image = Qcow2Image(path, watch, resources, None if images else snapshot)
         except NeedsQemu:
             return None
+        except Error as error:
+            below = f"; it is the backing file of {images[-1].file.label}" if images else ""
+            raise Error(f"{error}{below}") from error
         if image.header["crypt_method"]:
             return None
         if image.identity in [each.identity for each in images]:
@@ -1507,7 +1514,8 @@ def parse_nbd_uri(uri: str) -> NbdAddress:
     if "@" in uri[: found.start(4)]:
         raise Error(what + "leave out user and password; TLS certificates are what is understood")
     if unknown:
-        raise Error(what + f"the key {quoted(min(unknown))} is not understood")
+        known = "socket and tls-certificates are"
+        raise Error(what + f"the key {quoted(min(unknown))} is not understood; {known}")
     if transport not in ("", "+unix"):
         raise Error(what + "the transports are TCP and Unix sockets (nbd+unix)")
     if fragment or not place or int(place.group(3) or 1) >> 16:
@@ -1540,7 +1548,10 @@ def start_tls(sock: Any, address: NbdAddress) -> Any:
     if folder is None:
         context = ssl.create_default_context()
     else:
-        context = ssl.create_default_context(cafile=os.path.join(folder, "ca-cert.pem"))
+        authority = os.path.join(folder, "ca-cert.pem")
+        if not os.path.exists(authority):
+            raise ValueError(f"there is no {authority}")
+        context = ssl.create_default_context(cafile=authority)
         # Python 3.13 wants more of a private authority than its users know of.
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
         names = [os.path.join(folder, f"client-{kind}.pem") for kind in ("cert", "key")]
@@ -1675,14 +1686,14 @@ class NbdRequest:
     context     the metadata context that is asked for
     left        bytes of data that have not come yet
     extents     a block status answer: pairs of a length and a state, 32 bits each
-    error       the offset where it failed, and why
+    error       the offset where it failed, why, and the server's number for that
     """
 
     def __init__(self, offset: int, length: int, view: Any = None, context: int = 0) -> None:
         self.offset, self.length, self.view, self.context = offset, length, view, context
         self.left = 0 if view is None else length
         self.extents = b""
-        self.error = None  # type: Optional[Tuple[int, str]]
+        self.error = None  # type: Optional[Tuple[int, str, int]]
 
     def place(self, offset: int, length: int) -> Any:
         """Where data of the answer goes. Raises ValueError if it was not asked for."""
@@ -1694,7 +1705,8 @@ class NbdRequest:
 
     def fail(self, number: int, offset: int, said: str = "") -> None:
         """Take an error: the protocol's numbers are Linux's."""
-        self.error = offset, os.strerror(number & 0xFFFF) + (f" ({said})" if said else "")
+        why = os.strerror(number & 0xFFFF) + (f" ({said})" if said else "")
+        self.error = offset, why, number
 
     def receive_chunk(self, connection: NbdConnection, kind: int, length: int) -> None:
         """Receive the payload of a chunk, `length` bytes. Raises what NbdConnection does."""
@@ -1834,9 +1846,10 @@ class NbdExport:
         try:
             self._perform(NBD_CMD_READ, flags, requests)
         except ReadError:
-            if not flags:
+            numbers = [each.error[2] for each in requests if each.error]
+            if not flags or errno.EOVERFLOW not in numbers:
                 raise
-            self._read_flags = 0  # it may be that it can't send so much in one chunk
+            self._read_flags = 0  # it can't send so much in one chunk
             self._read(pieces)
             return
         for view, target in copies:
@@ -1855,6 +1868,8 @@ class NbdExport:
                 self._connection.sock.sendall(packets)
         except OSError as error:
             self._broken = self._broken or socket_reason(error)
+            with self._answered:  # over TLS, others wait for the lock that this one had
+                self._answered.notify_all()
         while batch and not self._broken:
             if self._receiving.acquire(False):
                 self._receive(batch)
@@ -1865,7 +1880,7 @@ class NbdExport:
             raise Error(str(self._read_error(requests[0].offset, self._broken)))
         for request in requests:
             if request.error:
-                raise self._read_error(*request.error)
+                raise self._read_error(*request.error[:2])
 
     def _receive(self, batch: Dict[int, NbdRequest]) -> None:
         """Receive answers, until those to a batch are complete, and let another thread do so."""
@@ -2428,7 +2443,7 @@ SHARE_SIZE = 16 << 20  # bytes of a reader's share: more than a thread's switch 
 COLD_SHARE_SIZE = 2 << 20  # the same where reads must wait: readers stay close to each other
 FIRST_SHARE_SIZE = 256 << 10  # bytes; each is twice the one before: nothing is known yet
 ZSTD_LEVEL = 3  # QEMU's; at most others, old libraries are not deterministic
-SAMPLE_SIZE = 4 << 10  # bytes of a cluster that hint at whether all of it would shrink
+SAMPLES, SAMPLE_SIZE = 16, 256  # of a cluster, in bytes, that hint at whether it would shrink
 PACK_SIZE = READ_SIZE  # bytes of a reader's share that is compressed: they fill its buffer
 BATCH_STEPS = 256  # steps of a reader's share, however small they are
 MANY_EXTENTS = 256  # of a share: each is too small to be worth a thread's switch
@@ -3188,9 +3203,11 @@ class Packer:
             self.disk.read_into(view, start, cutter.take(start, end))
             for index in range(low, high):
                 at = (index - low) * size
-                sample = bytes(view[at : at + SAMPLE_SIZE])
-                if first + index in doubtful and len(self._compress(sample)) >= len(sample):
-                    continue
+                if first + index in doubtful:
+                    places = range(at, at + size, size // SAMPLES)
+                    sample = b"".join(view[place : place + SAMPLE_SIZE] for place in places)
+                    if len(self._compress(sample)) >= len(sample):
+                        continue
                 blob = self._compress(bytes(view[at : at + size]))
                 if len(blob) < size:
                     sizes[index] = len(blob)
@@ -3207,7 +3224,7 @@ class Packer:
         size = self.cluster_size
         found = set()  # type: Set[int]
         for start, end, file, _, stored in extents:
-            if not stored and size > SAMPLE_SIZE and self._offsets.get(file):
+            if not stored and size > SAMPLES * SAMPLE_SIZE and self._offsets.get(file):
                 found.update(range(start // size, div_up(end, size)))
         return found
 
@@ -3222,6 +3239,8 @@ class Packer:
                 index = bisect.bisect_right(offsets, offset)
                 following = offsets[index] if index < len(offsets) else image.file.size
                 length = min(stored, following - offset)
+                if offset + stored == image.file.size:
+                    image.inflate(offset, stored)  # the file may have been cut short there
                 # One that begins before the last sector of another overlaps with it.
                 if stored - SECTOR_SIZE < length < size:
                     found[start // size] = (image.file, offset, length)
@@ -3810,7 +3829,7 @@ class Output:
     def write(self, data: Union[bytes, bytearray]) -> None:
         """Write bytes, perhaps a little later."""
         if self._file is not None:
-            self._send_run()
+            self.send_run()
         self._pending.append(data)
         self._pending_size += len(data)
         if self._pending_size >= WRITE_SIZE:
@@ -3826,14 +3845,14 @@ class Output:
         if file is self._file and offset == self._end:
             self._end += length
         else:
-            self._send_run()
+            self.send_run()
             self._file, self._start, self._end = file, offset, offset + length
         if self._end - self._start >= COPY_SIZE:
-            self._send_run()
+            self.send_run()
 
     def flush(self) -> None:
         """Write what is pending, but for the image's end."""
-        self._send_run()
+        self.send_run()
         self._write_pending()
 
     def settle(self) -> None:
@@ -3858,7 +3877,8 @@ class Output:
         if self._is_pipe or self._is_socket:
             see_reader_off(self.fd, self._is_socket)
 
-    def _send_run(self) -> None:
+    def send_run(self) -> None:
+        """Send what send() was given so far."""
         file, offset, end = self._file, self._start, self._end
         if file is None:
             return
@@ -4366,6 +4386,7 @@ def copy_data(
     jobs = copy_jobs(source, cluster_map, cluster_size)
     for (start, end, extents, read), data in readers.in_order(jobs, READ_AHEAD_ITEMS, READ_AHEAD):
         if read is not None:
+            output.send_run()
             output.write(read() if data is None else data)
             continue
         position = start
@@ -4423,9 +4444,9 @@ def fetch(
 
 
 def compressed_jobs(cluster_map: ClusterMap, packer: Packer) -> Iterator[Job]:
-    """(compressed clusters, those of them that are passed through); the readers compress once more.
+    """(compressed clusters, those of them that are passed through) of each share.
 
-    That is what is not kept.
+    What is not kept, the readers compress once more.
     """
     size, share = packer.cluster_size, packer.share
     cutter = Cutter(packer.disk.extents())
@@ -4491,14 +4512,19 @@ PROTOCOLS = re.compile(
     r"(json|file|host_device|host_cdrom|blkdebug|blkverify|fat|ftps?|gluster(\+(rdma|tcp|unix))?|"
     r"https?|iscsi|iser|nbd(\+(tcp|unix))?|nfs|null-(aio|co)|nvme|rbd|ssh):"
 )
+IMAGE_MAGICS = {
+    MAGIC: "qcow2", b"KDMV": "vmdk", b"# Disk Descripto": "vmdk", b"vhdxfile": "vhdx",
+    b"conectix": "vpc", b"<<< Oracle VM Vi": "vdi", b"<<< QEMU VM Virt": "vdi",
+    b"WithoutFreeSpace": "parallels", b"WithouFreSpacExt": "parallels",
+}  # fmt: skip
 COMPRESS_MEMORY = 256 << 20  # bytes of compressed clusters that wait for the copy
 
 EPILOG = f"""\
 examples:
   {PROGRAM} disk.raw > disk.qcow2
   {PROGRAM} -f vmdk disk.vmdk > disk.qcow2
-  {PROGRAM} /dev/vg/vm | gzip > vm.qcow2.gz
-  {PROGRAM} /dev/vg/vm | ssh backup 'cat > vm.qcow2'
+  {PROGRAM} -f qcow2 today.qcow2 > flat.qcow2
+  {PROGRAM} --compress zstd /dev/vg/vm | ssh backup 'cat > vm.qcow2'
   {PROGRAM} /dev/vg/tuesday --diff /dev/vg/monday \\
       -b monday.qcow2 -F qcow2 > tuesday.qcow2
 
@@ -4596,7 +4622,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="only the extents in FILE (- is stdin): JSON of rbd diff, qemu-img map, nbdinfo "
         "--map, ovirt-imageio, or a list of offset and length")
     add("--no-scan", "--trust-layout", action="store_true",
-        help="don't look for zeros: what is stored, or in the layout, is read once")
+        help="don't look for zeros: all is read once; faster from slow disks, a larger image")
     for option, what in (
         ("map", "qemu-img map of INPUT"), ("info", "qemu-img info of INPUT"),
         ("diff-map", "qemu-img map of BASE"), ("diff-info", "qemu-img info of BASE"),
@@ -4605,7 +4631,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("what to write").add_argument
     add("-b", "--backing-file", metavar="NAME",
-        help="an overlay on NAME; with --diff, --bitmap or --layout")
+        help="an overlay on NAME; needs -F, and --diff, --bitmap or --layout")
     add("-F", "--backing-format", metavar="FMT", help="format of the backing file, e.g. qcow2")
     add("-c", "--cluster-size", metavar="SIZE",
         type=number_in(CLUSTER_SIZES, "a power of two from 512 to 2M"),
@@ -4695,7 +4721,8 @@ def refuse_contradictions(options: argparse.Namespace) -> None:
         (base_maps and diff is None, "--json-header-diff options describe BASE; add --diff BASE"),
         ((snapshot or "").startswith("snapshot."),
          "--snapshot takes the name or the ID itself, without snapshot.name= before it"),
-        (snapshot is not None and not is_qcow2, "--snapshot is for a qcow2 INPUT; add -f qcow2"),
+        (snapshot is not None and not is_qcow2,
+         "--snapshot is for a qcow2 file: -f qcow2 FILE; a server shows one by qemu-nbd -l"),
         (options.diff_snapshot is not None and (diff is None or base_format != "qcow2"),
          "--diff-snapshot is for a qcow2 BASE; add --diff BASE, and -f or --diff-format qcow2"),
         (bitmap is not None and not (is_qcow2 or is_uri),
@@ -4774,23 +4801,25 @@ def read_known_disk(
     options: argparse.Namespace, prefix: str, name: str, resources: contextlib.ExitStack
 ) -> KnownDisk:
     """Read what XAPI's descriptors say of the disk in a file; prefix is "diff-" for BASE's."""
-    size, cluster_size, entries = None, None, None  # type: Any, Optional[int], Any
+    size, cluster_size, layout = None, None, None  # type: Any, Optional[int], Any
     for kind in ("map", "info"):  # who writes both to pipes may do so in this order
         option = f"--json-header-{prefix}{kind}"
         fd = vars(options)[option[2:].replace("-", "_")]
         if fd is not None:
             read = json_reader(f"{option} {quoted(fd)}", fd, True, resources)
             if kind == "map":
-                entries = list(json_list(read, option))
+                entries = json_list(read, option)  # the size may not be known yet
+                layout = read_layout(entries, option, MAX_SIZE, False, QEMU_ALLOCATION)
             else:
                 text = b"".join(iter(read, b"")).decode("latin-1")
                 size, cluster_size = read_info(text, option)
-    if entries is None:
+    if layout is None:
         return KnownDisk(size, cluster_size)
     if size is None:
         with contextlib.closing(DiskFile(name, Watch())) as file:
             size = align_up(file.size, SECTOR_SIZE)
-    layout = read_layout(entries, f"--json-header-{prefix}map", size, False, QEMU_ALLOCATION)
+    if any(start >= size for start, _ in layout.all()):
+        raise Error(f"--json-header-{prefix}map: it goes past the end of the disk at {size}")
     known = sweep(size, joined(layout.all()))
     gaps = [(start, end) for start, end, (item,) in known if item is None]
     for start, end in gaps:
@@ -4870,10 +4899,11 @@ class Opener:
             return StreamSource(self._options.size, watch)
         if is_nbd_uri(name):
             return RawSource(connect_nbd_uri(name, resources, bitmap), watch, known.size)
-        if PROTOCOLS.match(name) and not os.path.exists(name):
+        is_nbd = re.match(r"nbds?(\+\w+)?:", name, re.I)
+        if (is_nbd or PROTOCOLS.match(name)) and not os.path.exists(name):
             hint = "a remote disk is named by --image-opts, such as driver=rbd,pool=…,image=…"
-            if name.startswith("nbd:"):
-                hint = "an NBD server's disk is named by a URI, nbd://HOST:PORT/EXPORT"
+            if is_nbd:
+                hint = "NBD has URIs: nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
             elif name.startswith(("file:", "host_")):
                 hint = "leave out what is before the colon"
             raise Error(f"there is no file {quoted(name)}; {hint}")
@@ -4905,20 +4935,21 @@ class Opener:
             raise Error(f"{error} (without --diff-format, BASE is {fmt}, as INPUT is)") from error
 
     def _look_for_header(self, file: DiskFile) -> None:
-        """Say it if a raw disk begins as a qcow2 image: its guest may have written it."""
-        magic = b""
+        """Say it if a raw disk begins as an image does: its guest may have written that."""
+        start = b""
         with contextlib.suppress(Error):
-            magic = file.read(0, len(MAGIC))
-        if magic == MAGIC:
-            is_base = file.path == self._options.diff
-            option = "--diff-format" if is_base else "-f"
-            message = (
-                f"{file.label} begins as a qcow2 image does, and is read as a raw disk; add "
-                f"{option} qcow2, or {option} raw if it is a guest's"
-            )
-            if is_base and self._options.backing_format == "qcow2":
-                raise Error(message)
-            warn(message)
+            start = file.read(0, min(file.size, 16))
+        for magic, fmt in IMAGE_MAGICS.items():
+            if start.startswith(magic):
+                is_base = file.path == self._options.diff
+                option = "--diff-format" if is_base else "-f"
+                message = (
+                    f"{file.label} begins as a {fmt} image does, and is read as a raw disk; add "
+                    f"{option} {fmt}, or {option} raw if it is a guest's"
+                )
+                if is_base and self._options.backing_format == fmt == "qcow2":
+                    raise Error(message)
+                warn(message)
 
     def changed_ranges(self, disk: Source) -> RangeList:
         """What the dirty bitmap of INPUT, which is open as a disk, says has changed."""

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import random
 import re
 import struct
@@ -452,3 +453,27 @@ def test_no_refcount_overflows(sizes: List[int], refcount_bits: int) -> None:
     refcounts = list(packed_refcounts(make_plan(geometry, 1, 0, sizes)))
     assert refcounts == [counts[index] for index in range(len(counts))]
     assert max(counts.values(), default=0) < 1 << refcount_bits
+
+
+def test_a_truncated_image_does_not_pass_through(tmp_path: Path) -> None:
+    """The compressed cluster at its end is looked at: nobody else would before it is needed."""
+    raw = write_disk(tmp_path / "raw", (4 << 20), [(0, text(4 << 20))])
+    image = tmp_path / "a.qcow2"
+    compressed_by_qemu(image, raw, "compression_type=zlib")
+    stream("-f", "qcow2", "--compress", "zlib", image)
+    os.truncate(image, image.stat().st_size - 1000)
+    assert_refused(run("-f", "qcow2", "--compress", "zlib", image), "is damaged")
+
+
+def test_what_a_guest_has_written_into_a_compressed_image_shrinks(tmp_path: Path) -> None:
+    """Noise at the start of each cluster, text behind it: a sample from all of it says so."""
+    unit = noise(4 << 10) + text(60 << 10)
+    raw = write_disk(tmp_path / "raw", 5 << 20, [(0, unit * 64)])
+    image = tmp_path / "a.qcow2"
+    subprocess.check_call(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image])
+    images.write(image, "write -c -P 1 4M 64k")
+    ours = len(stream("-f", "qcow2", "--compress", "zlib", image))
+    theirs = tmp_path / "theirs"
+    words = ["qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2"]
+    subprocess.check_call([*words, image, theirs])
+    assert ours <= theirs.stat().st_size

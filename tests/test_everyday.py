@@ -527,3 +527,14 @@ def test_the_wheel(tmp_path: Path) -> None:
         line.split()[0] for line in files.splitlines() if line.endswith("py") or ".py " in line
     ]
     assert modules == ["qcow2_to_stdout.py"]
+
+
+def test_short_runs_behind_a_long_one_come_in_order(tmp_path: Path) -> None:
+    """A long run is sent before what follows it is read."""
+    raw = write_disk(tmp_path / "raw", MIB, [(0, noise(MIB))])
+    named = [(0, 64 << 10), *((at, 512) for at in range(65 << 10, MIB, 1 << 10))]
+    layout = tmp_path / "layout"
+    layout.write_text(json.dumps([{"offset": at, "length": length} for at, length in named]))
+    options = ["--layout", str(layout), "-c", "512", "--trust-layout"]
+    streamed = stream("--size", "1M", *options, "-", stdin=raw.read_bytes())
+    assert streamed == stream(raw, *options)

@@ -618,3 +618,16 @@ def test_a_qcow2_disk_full_of_data_is_read_little_more_than_once(
     fuse = fuse_disk(tmp_path / "a.qcow2", direct=True, count=True)
     assert exported(fuse.path) == raw.read_bytes()
     assert bytes_read(fuse) <= 1.12 * 16 * MIB
+
+
+def test_a_backing_name_right_behind_an_old_header(tmp_path: Path) -> None:
+    """Version 2 without extensions: the name's place is where they end."""
+    base = write_disk(tmp_path / "base", MIB, [(0, noise(MIB))])
+    image = bytearray(stream(base, "--diff", base, "-b", "base", "-F", "raw", "--compat", "0.10"))
+    offset = int.from_bytes(image[8:16], "big")
+    name = bytes(image[offset : offset + 4])
+    image[72 : offset + 4] = name.ljust(offset + 4 - 72, b"\xff")
+    image[8:16] = (72).to_bytes(8, "big")
+    (tmp_path / "a.qcow2").write_bytes(image)
+    expected = stream(as_raw(tmp_path / "a.qcow2"))
+    assert stream("-f", "qcow2", tmp_path / "a.qcow2") == expected

@@ -414,6 +414,16 @@ def test_a_qcow2_image_that_is_wrapped(disk: Path, tmp_path: Path) -> None:
     assert run(image, "-f", "raw").stderr == ""
 
 
+@pytest.mark.parametrize("form", ["vmdk", "vdi", "vhdx", "vpc", "parallels"])
+def test_another_image_that_is_wrapped(tmp_path: Path, form: str) -> None:
+    image = tmp_path / "a"
+    subprocess.check_call(["qemu-img", "create", "-q", "-f", form, str(image), "4M"])
+    result = run(image)
+    assert result.status == 0
+    assert f"begins as a {form} image does" in result.stderr
+    assert result.stdout == stream(image, "-f", "raw")
+
+
 def test_a_base_beside_an_option_string(disk: Path, tmp_path: Path) -> None:
     """What driver= says of INPUT says nothing of BASE."""
     options = [
