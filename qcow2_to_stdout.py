@@ -4334,15 +4334,18 @@ def mixed_l2_tables(
         nth = range(next_entry - size, stop, size)
         values = map(nth.__getitem__, itertools.accumulate(is_data))
     page = map(operator.mul, is_data, values)  # type: Iterator[int]
-    if states.count(ZERO):
-        page = map(operator.or_, page, states.translate(_ZERO_FLAGS))
     if states.count(COMPRESSED):
         plain = zip(states, page)
         page = (next(compressed) if state == COMPRESSED else entry for state, entry in plain)
-    packed = pack_entries(array("Q", page))
+    has_offsets = states.count(DATA) or states.count(COMPRESSED)
+    packed = bytearray(pack_entries(array("Q", page)) if has_offsets else len(states) * ENTRY_SIZE)
+    if states.count(ZERO):  # the flag is in the last byte of an entry: as numbers, without a loop
+        flags = int.from_bytes(states.translate(_ZERO_FLAGS), "big")
+        flags |= int.from_bytes(packed[ENTRY_SIZE - 1 :: ENTRY_SIZE], "big")
+        packed[ENTRY_SIZE - 1 :: ENTRY_SIZE] = flags.to_bytes(len(states), "big")
     for start in range(0, len(states), entries):
         if states.count(UNALLOCATED, start, start + entries) < entries:
-            yield packed[start * ENTRY_SIZE : (start + entries) * ENTRY_SIZE]
+            yield bytes(packed[start * ENTRY_SIZE : (start + entries) * ENTRY_SIZE])
 
 
 _IS_DATA = bytes(state == DATA for state in range(256))
