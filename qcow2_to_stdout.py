@@ -1550,7 +1550,7 @@ def start_tls(sock: Any, address: NbdAddress) -> Any:
     else:
         authority = os.path.join(folder, "ca-cert.pem")
         if not os.path.exists(authority):
-            raise ValueError(f"there is no {authority}")
+            raise ValueError(f"{authority}: {os.strerror(errno.ENOENT)}")
         context = ssl.create_default_context(cafile=authority)
         # Python 3.13 wants more of a private authority than its users know of.
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
@@ -4527,6 +4527,7 @@ examples:
   {PROGRAM} disk.raw > disk.qcow2
   {PROGRAM} -f vmdk disk.vmdk > disk.qcow2
   {PROGRAM} -f qcow2 today.qcow2 > flat.qcow2
+  {PROGRAM} /dev/vg/vm | gzip > vm.qcow2.gz
   {PROGRAM} --compress zstd /dev/vg/vm | ssh backup 'cat > vm.qcow2'
   {PROGRAM} /dev/vg/tuesday --diff /dev/vg/monday \\
       -b monday.qcow2 -F qcow2 > tuesday.qcow2
