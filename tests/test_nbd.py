@@ -333,7 +333,7 @@ def test_a_server_that_dies(moment: str, tmp_path: Path) -> None:
     with nbdkit(tmp_path, *options, "pattern", "64M", *slow) as server:
         running = start(server.uri, bufsize=0)
         head = b"" if slow else running.stdout.read(4)
-        time.sleep(0.6 if slow else 0)
+        time.sleep(2 if slow else 0)
         server.process.kill()
         rest, stderr = running.communicate(timeout=TIMEOUT)
     assert running.returncode == 1

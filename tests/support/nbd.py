@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -29,7 +30,8 @@ def serving(words: List[Any], uri: str, pid_file: Path) -> Iterator[Server]:
     for path in (pid_file, pid_file.with_suffix("")):  # those of the last server
         if path.exists():
             path.unlink()
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.DEVNULL)
+    env = {**os.environ, "TMPDIR": str(pid_file.parent)}  # a server that is killed leaves scripts
+    process = subprocess.Popen(list(map(str, words)), stderr=subprocess.DEVNULL, env=env)
     try:
         deadline = time.monotonic() + TIMEOUT
         while not (pid_file.exists() and pid_file.read_text()):
