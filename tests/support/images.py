@@ -79,7 +79,8 @@ def leftovers(folder: Path) -> List[str]:
 def nbd_server(folder: Path, *arguments: Any) -> Iterator[Tuple[Any, str]]:
     """nbdkit, and the option string of the disk that it shows."""
     address = folder / "nbd"
-    server = subprocess.Popen(["nbdkit", "-f", "-U", str(address), *map(str, arguments)])
+    env = {**os.environ, "TMPDIR": str(address.parent)}  # where it leaves scripts if it is killed
+    server = subprocess.Popen(["nbdkit", "-f", "-U", str(address), *map(str, arguments)], env=env)
     try:
         while not address.exists():
             assert server.poll() is None, "nbdkit ended"
