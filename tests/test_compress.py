@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import List, NamedTuple, Optional
 
 import pytest
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import images, judges
 from support.disks import noise, write_disk
-from support.program import altered, assert_failed, assert_refused, run, start, stream
+from support.program import TIMEOUT, altered, assert_failed, assert_refused, run, start, stream
 
 from qcow2_to_stdout import Geometry, make_plan, packed_offsets, packed_refcounts
 
@@ -257,7 +259,7 @@ def test_extended_entries_go_with_a_data_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
 def test_other_readers_know_what_zlib_is(tmp_path: Path, cluster_size: int) -> None:
-    """To boot it is out of a test's reach: these and QEMU read every byte."""
+    """They and QEMU read every byte."""
     raw = mixed(tmp_path / "disk.raw", 5 << 20)
     image = judge(raw, "--compress", "zlib", "-c", str(cluster_size))
     assert judges.dissect_read(image) == raw.read_bytes()
@@ -477,3 +479,22 @@ def test_what_a_guest_has_written_into_a_compressed_image_shrinks(tmp_path: Path
     words = ["qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2"]
     subprocess.check_call([*words, image, theirs])
     assert ours <= theirs.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_a_compressed_image_boots_where_it_lies(tmp_path: Path, kind: str) -> None:
+    """A boot sector that says so on QEMU's debug port, and ends the machine."""
+    needs(shutil.which("qemu-system-x86_64") is not None, "qemu-system-x86_64")
+    # mov al, 'B'; out 0xe9, al; mov al, 1; out 0xf4, al; hlt
+    sector = bytes.fromhex("b042e6e9b001e6f4f4").ljust(510, b"\0") + b"\x55\xaa"
+    raw = write_disk(tmp_path / "raw", 1 << 20, [(0, sector), (1 << 10, text(100_000))])
+    image = tmp_path / "a.qcow2"
+    image.write_bytes(stream(raw, "--compress", kind))
+    assert count_references(image.read_bytes()).compressed
+    machine = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-accel", "tcg"]
+    devices = ["-debugcon", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+    drive = ["-drive", f"file={image},format=qcow2,if=ide"]
+    done = subprocess.run(
+        [*machine, *devices, *drive], stdout=subprocess.PIPE, timeout=TIMEOUT, check=False
+    )
+    assert (done.returncode, done.stdout[-1:]) == (3, b"B")
