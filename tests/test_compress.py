@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -428,6 +429,21 @@ def test_a_system_without_zstd_says_so(tmp_path: Path) -> None:
     code += "import sys\nsys.modules['compression'] = None\n"
     result = run(raw, "--compress", "zstd", env=altered(tmp_path, code))
     assert_failed(result, "libzstd.so.1", "--compress zlib")
+
+
+def test_pythons_own_zstd_does_the_same(tmp_path: Path) -> None:
+    """That of 3.14, as its authors have it for older ones: both ways, where no libzstd is."""
+    code = "import ctypes, sys, types\ndef none(*_): raise OSError\nctypes.CDLL = none\n"
+    code += "import backports.zstd\nsys.modules['compression'] = types.ModuleType('compression')\n"
+    code += "sys.modules['compression.zstd'] = backports.zstd\n"
+    env = altered(tmp_path, code)
+    raw = mixed(tmp_path / "raw", 3 << 20)
+    image = compressed_by_qemu(tmp_path / "a.qcow2", raw, "compression_type=zstd")
+    plain = run("-f", "qcow2", image, env=env, python=sys.executable)
+    assert plain == run("-f", "qcow2", image)
+    ours = run(raw, "--compress", "zstd", env=env, python=sys.executable)
+    (tmp_path / "ours").write_bytes(ours.stdout)
+    judges.qemu_compare(raw, tmp_path / "ours")
 
 
 def test_compressed_clusters_stay_where_descriptors_reach() -> None:
