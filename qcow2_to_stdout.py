@@ -3265,11 +3265,11 @@ def fill_map(
         for count, states in results:
             if isinstance(states, int):
                 cluster_map.append(states, count)
-            elif packer is None or not isinstance(states, Packed):  # no data in it
-                cluster_map.extend(states)
-            else:
+            elif packer is not None and isinstance(states, Packed):
                 cluster_map.extend(states.states, states.sizes)
                 packer.keep(states.data, len(cluster_map))
+            else:
+                cluster_map.extend(states)
     cluster_map.finish()
 
 

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import images, judges
 from support.disks import noise, write_disk
+from support.nbd import nbdkit
 from support.program import TIMEOUT, altered, assert_failed, assert_refused, run, start, stream
 
 from qcow2_to_stdout import Geometry, make_plan, packed_offsets, packed_refcounts
@@ -339,6 +340,52 @@ def test_what_a_guest_has_written_since_is_compressed(tmp_path: Path, kind: str)
     images.write(above, f"write -s {source} 3000k 1M", "write -z 1M 200k", "write -P 7 2M 70000")
     image = passed_through(above, "--compress", kind)
     assert len(image) <= theirs.stat().st_size
+    finer = images.overlay(tmp_path / "finer.qcow2", theirs, "qcow2", "-o", "extended_l2=on")
+    images.write(finer, "write -P 9 66k 2k", "write -z 200k 4k", f"write -s {source} 3M 64k")
+    passed_through(finer, "--compress", kind)
+    passed_through(finer, "--compress", kind, "--extended-l2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disks_of_every_source_are_compressed(tmp_path: Path, kind: str) -> None:
+    """A server's, foreign ones by their offsets and by qemu-nbd: the bytes of the raw disk's."""
+    raw = mixed(tmp_path / "disk.raw", 4 << 20, 3)
+    expected = judge(raw, "--compress", kind)
+    with nbdkit(tmp_path, "file", raw) as server:
+        assert stream(server.uri, "--compress", kind) == expected
+    for form, options in (
+        ("vmdk", []),
+        ("vmdk", ["-o", "subformat=streamOptimized"]),
+        ("vhdx", []),
+    ):
+        image = tmp_path / "foreign"
+        words = ["qemu-img", "convert", "-f", "raw", "-O", form, *options]
+        subprocess.check_call([*words, raw, image])
+        assert stream("-f", form, image, "--compress", kind) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_differences_are_compressed(tmp_path: Path, kind: str) -> None:
+    """By a dirty bitmap, by comparison with and without a backing file."""
+    raw = mixed(tmp_path / "disk.raw", 4 << 20, 4)
+    guest, monday = tmp_path / "guest.qcow2", tmp_path / "monday.qcow2"
+    subprocess.check_call(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, guest])
+    monday.write_bytes(stream("-f", "qcow2", guest, "--compress", kind))
+    subprocess.check_call(["qemu-img", "bitmap", "--add", guest, "b"])
+    source = tmp_path / "text"
+    source.write_bytes(text(1 << 20))
+    images.write(guest, f"write -s {source} 1M 300k", "write -z 2M 100k")
+    over = ["-b", str(monday), "-F", "qcow2"]
+    for options in (["--bitmap", "b"], ["--diff", str(monday)]):
+        tuesday = tmp_path / "tuesday.qcow2"
+        tuesday.write_bytes(stream("-f", "qcow2", guest, *options, *over, "--compress", kind))
+        count_references(tuesday.read_bytes())
+        judges.qemu_check(tuesday)
+        judges.qemu_compare(images.as_raw(guest, "qcow2"), tuesday)
+        bare = stream("-f", "qcow2", guest, *options, "--compress", kind)
+        assert count_references(bare).compressed
+        said = stream("-f", "qcow2", guest, *options, "--compress", kind, "--measure")
+        assert said.startswith(b"required size: %d\n" % len(bare))
 
 
 def test_layouts_are_compressed_without_a_look(tmp_path: Path) -> None:
