@@ -1369,7 +1369,10 @@ class Layer:
                 yield from below.take(start, end)
 
     def take(self, start: int, end: int) -> Iterator[Extent]:
-        """What lies between start and end, cut to that. Never back: start must rise."""
+        """What lies between start and end, cut to that. Never back: start must rise.
+
+        Lazily, unlike a Cutter: a hole of the member above may be all of a disk.
+        """
         self._position = start
         extent = self._next
         while extent[0] < end:
@@ -2197,10 +2200,12 @@ class MappedSource(Source):
 class Member(NamedTuple):
     """An image in a chain.
 
+    name    of its own file; empty if it is no local one
     info    what `qemu-img info` says of it
     files   that hold its data, each with the guest address where its share ends; none if unknown
     """
 
+    name: str
     info: Dict[str, Any]
     files: List[Tuple[int, DiskFile]]
 
@@ -2208,7 +2213,7 @@ class Member(NamedTuple):
 def data_files(
     name: str, info: Dict[str, Any], open_file: Callable[[str], DiskFile]
 ) -> List[Tuple[int, DiskFile]]:
-    """See Member. The name is that of the image's own file; empty if it is no local one."""
+    """See Member."""
     details = info.get("format-specific", {}).get("data", {})
     if {"data-file", "data-file-raw"} & details.keys():
         return []  # nobody knows whether the header or an option names it
@@ -2223,8 +2228,8 @@ def data_files(
 
 def refuse_misread(members: Sequence[Member]) -> None:
     """Raise Error if there is more in a chain than QEMU reads."""
-    for info, files in members:
-        name, fmt = local_name(info["filename"]), info["format"]
+    for name, info, files in members:
+        fmt = info["format"]
         if fmt == "qcow2" and os.path.isfile(name):
             with contextlib.ExitStack() as resources, contextlib.suppress(NeedsQemu):
                 image = Qcow2Image(name, Watch(), resources)
@@ -2411,7 +2416,9 @@ def open_with_qemu(
     names = [local_name(info["filename"]) for info in infos]
     if not image.is_options:  # which qemu-img may not be able to print
         names[0] = image.name
-    members = [Member(info, data_files(name, info, open_file)) for name, info in zip(names, infos)]
+    members = [
+        Member(name, info, data_files(name, info, open_file)) for name, info in zip(names, infos)
+    ]
     refuse_misread(members)
     source, size = None, infos[0]["virtual-size"]  # type: Optional[Source], int
     if infos[0]["format"] == "vhdx" and not image.is_options:

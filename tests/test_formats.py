@@ -707,6 +707,19 @@ def test_a_backing_file_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
     assert b"changed while" in program.communicate(timeout=TIMEOUT)[1]
 
 
+def test_a_truncated_image_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
+    """By QEMU, as its backing file is a VMDK. The last L2 table, and what that says of, is gone."""
+    base = create(tmp_path / "base.vmdk", "4G", form="vmdk")
+    top = overlay(tmp_path / "top.qcow2", base, "vmdk")
+    for gigabyte in range(4):
+        write(top, f"write -P 7 {gigabyte}G 64k")
+    hidden = os.fsencode(tmp_path) + b"/B\xf6.qcow2"
+    top.rename(os.fsdecode(hidden))
+    assert run("-f", "qcow2", hidden, "--measure").status == 0
+    os.truncate(hidden, os.stat(hidden).st_size - 2 * 65536)
+    assert_refused(run("-f", "qcow2", hidden), "is truncated")
+
+
 def test_a_truncated_backing_file_whose_name_qemu_cannot_print(tmp_path: Path) -> None:
     hidden = os.fsencode(tmp_path) + b"/B\xf6\xdfe.qcow2"
     base = write(create(tmp_path / "base.qcow2", "4M"), "write -P 1 0 4M")

@@ -3,6 +3,7 @@
 No program of QEMU's is there for it to ask (an empty PATH).
 """
 
+import os
 import re
 import shutil
 import signal
@@ -290,6 +291,8 @@ def test_tls_wants_the_clients_certificate(
     with nbdkit(tmp_path, *words) as server:
         uri = server.uri.replace("nbd+", "nbds+") + f"&tls-certificates={folder}"
         assert export(uri) == stream(disk)
+        system = {**os.environ, "SSL_CERT_FILE": str(folder / "ca-cert.pem")}
+        assert run(server.uri.replace("nbd+", "nbds+"), env=system).stdout == stream(disk)
     with nbdkit(tmp_path, "--tls-verify-peer", *words) as server:
         assert_refused(run(uri), "cannot open")
 
